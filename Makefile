@@ -1,0 +1,71 @@
+# Every word makes what it needs first: the virtual environment, torch, the build. The second time it is quick.
+PYTHON ?= python3
+VENV ?= .venv
+# What `pip install` is given, so another build or index can be named:
+#   make test TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+# Further arguments for the program behind a word: make test ARGS="-k layouts"
+ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+# Inside the environment, because a build fits only the Python and the torch that it was configured with.
+BUILD := $(VENV)/build
+STAMPS := $(VENV)/stamps
+CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
+BUILD_INPUTS := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench build format clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: build  ## train a small segmentation network on scenes that the program draws; results in build/demo
+	$(PY) examples/train_segmentation.py --output build/demo $(ARGS)
+
+test: build  ## run the tests and the examples in the docstrings
+	$(PY) -m pytest $(ARGS)
+
+lint: build  ## check style, types, the rule of the rooms, and the symbols of the binary
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+	$(PY) -m mypy
+	$(PY) tools/check_rooms.py
+	$(PY) tools/check_symbols.py $(BUILD)
+
+bench: build  ## time the losses against eager PyTorch, torch.compile and the memory's own speed
+	$(PY) -m benchmarks $(ARGS)
+
+build: $(STAMPS)/built  ## compile, and install so that edits of Python files count at once
+
+format: build  ## rewrite the sources in the project's style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+clean:  ## remove everything that was built (the environment keeps its packages)
+	rm -rf build dist $(BUILD) $(STAMPS)/built .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# Debian splits ensurepip from Python; then the pip that is there installs one into the environment.
+$(PY):
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --python $(PY) install --quiet pip; }
+
+# Rewritten only when TORCH differs from the last time, so that a new TORCH means a new installation and a new build.
+$(STAMPS)/torch-wanted: $(PY) FORCE
+	@mkdir -p $(STAMPS)
+	@echo '$(TORCH)' | cmp --silent - $@ || echo '$(TORCH)' > $@
+
+$(STAMPS)/torch: $(STAMPS)/torch-wanted
+	$(PIP) install --quiet $(TORCH)
+	@touch $@
+
+# The build tools stand in the environment, because the build is not isolated: it has to see torch.
+$(STAMPS)/built: $(STAMPS)/torch $(BUILD_INPUTS)
+	$(PIP) install --quiet "scikit-build-core>=0.11" "pybind11>=2.13" cmake ninja
+	$(PIP) install --quiet --no-build-isolation -Cbuild-dir=$(BUILD) --editable '.[test,dev,bench,examples]'
+	@touch $@
+
+FORCE:

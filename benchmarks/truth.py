@@ -1,0 +1,93 @@
+"""Is the answer right: value and gradient of a provider against torch.nn.functional in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.providers import LossOfInput, torch_loss
+from benchmarks.workloads import Case
+
+# Relative errors that are rounding and not mistakes: some units in the last place of what the provider computes in,
+# and of the dtype in which it has to return value and gradient.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+# Elements that are in float64 at one time. The reference needs five such arrays; whole workloads would need gigabytes.
+CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Truth:
+    value: float
+    gradient: Tensor  # float64, on the input's shape
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors: of the value, and of the gradient (the larger one of the 2-norm and the maximum norm)."""
+
+    value: float
+    gradient: float
+    tolerance: float
+
+    @property
+    def right(self) -> bool:
+        return self.value <= self.tolerance and self.gradient <= self.tolerance
+
+
+def chunks(input: Tensor) -> Iterator[slice]:
+    """Slices of dimension 0 that hold at most CHUNK elements (at least one sample)."""
+    step = max(1, CHUNK // max(1, input[0].numel()))
+    for start in range(0, len(input), step):
+        yield slice(start, start + step)
+
+
+def find_truth(case: Case) -> Truth:
+    """Both losses are sums over samples divided by a count, so the truth can be found a few samples at a time."""
+    count = case.input.numel()
+    if case.workload.loss == "cross_entropy":
+        count = int((case.target != case.options.get("ignore_index", -100)).sum())
+    summed = torch_loss(Case(case.workload, case.input, case.target, {**case.options, "reduction": "sum"}))
+    value = 0.0
+    gradient = torch.empty(case.input.shape, dtype=torch.float64)
+    for part in chunks(case.input):
+        input = case.input.detach()[part].double().requires_grad_()
+        target = case.target[part]
+        loss = summed(input, target.double() if target.is_floating_point() else target) / count
+        loss.backward()
+        assert input.grad is not None
+        value += loss.item()
+        gradient[part] = input.grad
+    return Truth(value, gradient)
+
+
+def check(loss: LossOfInput, case: Case, truth: Truth) -> Errors:
+    """Run the loss once, forward and backward, and compare. Leaves no gradient behind."""
+    case.input.grad = None
+    result = loss(case.input)
+    result.backward()
+    gradient, case.input.grad = case.input.grad, None
+    if gradient is None or gradient.shape != case.input.shape or gradient.dtype != case.input.dtype:
+        raise RuntimeError(f"{case.workload.name}: the gradient has another shape or dtype than the input")
+
+    largest_error = largest = squared_error = squared = 0.0
+    for part in chunks(gradient):
+        wanted = truth.gradient[part]
+        difference = gradient[part].double() - wanted
+        largest_error = max_or_nan(largest_error, difference.abs().max().item())
+        largest = max(largest, wanted.abs().max().item())
+        squared_error += difference.square().sum().item()
+        squared += wanted.square().sum().item()
+    return Errors(
+        value=abs(result.item() - truth.value) / abs(truth.value),
+        gradient=max_or_nan(largest_error / largest, (squared_error / squared) ** 0.5),
+        tolerance=TOLERANCE[case.input.dtype],
+    )
+
+
+def max_or_nan(first: float, second: float) -> float:
+    """Python's max drops a NaN that stands second; here it must stay, because it is a wrong answer."""
+    return second if second != second else max(first, second)

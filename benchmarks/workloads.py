@@ -1,0 +1,149 @@
+"""What is measured: real sizes with a name and a reason, and the tensors made from them."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SEED = 0
+# What Pascal VOC, Cityscapes and ADE20K loaders call a pixel without a label; it fits into uint8.
+IGNORED_LABEL = 255
+# Labels of photographs come in regions. Labels drawn pixel by pixel would send every reader of `logits[label]` to
+# another class plane for every pixel, which is unfair to those that gather.
+PATCH = 16
+
+
+@dataclass(frozen=True)
+class Data:
+    """The shape of a training batch: (N, C, *spatial) logits, or any shape for losses without classes."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+    ignored: float = 0.0  # share of pixels without a label
+
+
+DATA = {
+    data.name: data
+    for data in (
+        Data("voc", (8, 21, 512, 512), "Pascal VOC: 20 classes and background, the usual crop", ignored=0.05),
+        Data("ade20k", (2, 150, 512, 512), "ADE20K: so many classes that a tile leaves the L1 cache", ignored=0.05),
+        Data("cityscapes", (2, 19, 1024, 2048), "Cityscapes: whole frames, the largest images in use", ignored=0.05),
+        Data("camvid", (4, 11, 360, 480), "CamVid: a batch that a laptop trains with", ignored=0.05),
+        Data("nnunet", (2, 14, 128, 128, 128), "nnU-Net patches: 3-d, 13 organs and background"),
+        Data("imagenet", (1024, 1000), "ImageNet rows: few long rows, near the size of the last cache"),
+        Data("vocabulary", (2048, 32000), "language-model rows: a row no longer fits into the L1 cache"),
+        Data("50m", (50_000_000,), "regression on large maps (depth, heat maps): memory speed and nothing else"),
+        Data("tiny", (64, 10), "a small classifier: what a call costs before any work is done"),
+    )
+}
+
+
+def short_name(value: torch.dtype | torch.memory_format) -> str:
+    return str(value).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A loss on a batch in one dtype and layout."""
+
+    loss: str
+    data: Data
+    dtype: torch.dtype = torch.float32
+    memory_format: torch.memory_format = torch.contiguous_format
+    label_dtype: torch.dtype = torch.int64
+    default: bool = True  # measured unless --workloads names others
+    quick: bool = False  # measured by --quick
+
+    @property
+    def name(self) -> str:
+        parts = [self.data.name]
+        if self.dtype != torch.float32:
+            parts.append(short_name(self.dtype))
+        if self.memory_format != torch.contiguous_format:
+            parts.append(short_name(self.memory_format))
+        if self.label_dtype != torch.int64:
+            parts.append(short_name(self.label_dtype))
+        return f"{self.loss}/{'-'.join(parts)}"
+
+    @property
+    def reason(self) -> str:
+        if self.memory_format == torch.channels_last:
+            return "class innermost: what convolutions in channels_last hand over"
+        if self.dtype != torch.float32:
+            return "half the bytes: what mixed-precision training hands over"
+        if self.label_dtype != torch.int64:
+            return "labels as image files hold them, an eighth of int64's bytes"
+        return self.data.reason
+
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("cross_entropy", DATA["voc"]),
+        Workload("cross_entropy", DATA["voc"], dtype=torch.bfloat16),
+        Workload("cross_entropy", DATA["voc"], memory_format=torch.channels_last),
+        Workload("cross_entropy", DATA["voc"], label_dtype=torch.uint8, default=False),
+        Workload("cross_entropy", DATA["ade20k"]),
+        Workload("cross_entropy", DATA["vocabulary"]),
+        Workload("cross_entropy", DATA["cityscapes"], default=False),
+        Workload("cross_entropy", DATA["camvid"], default=False, quick=True),
+        Workload("cross_entropy", DATA["nnunet"], default=False),
+        Workload("cross_entropy", DATA["imagenet"], default=False),
+        Workload("cross_entropy", DATA["tiny"], quick=True),
+        Workload("mse_loss", DATA["50m"]),
+        Workload("mse_loss", DATA["tiny"], quick=True),
+    )
+}
+
+
+@dataclass
+class Case:
+    """A workload's tensors; `options` are keyword arguments that torch.nn.functional's loss of that name takes too."""
+
+    workload: Workload
+    input: Tensor
+    target: Tensor
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def wide_operands(self) -> int:
+        """How many operands are as large as the input."""
+        return 2 if self.target.shape == self.input.shape else 1
+
+
+def make_case(workload: Workload) -> Case:
+    """Normally distributed logits; labels in patches, or a normally distributed target. The same on every call."""
+    generator = torch.Generator().manual_seed(SEED)
+    data = workload.data
+    input = torch.randn(data.shape, dtype=workload.dtype, generator=generator)
+    input = input.to(memory_format=workload.memory_format).requires_grad_()
+    if workload.loss == "mse_loss":
+        return Case(workload, input, torch.randn(data.shape, dtype=workload.dtype, generator=generator))
+    target = make_labels(data, workload.label_dtype, generator)
+    return Case(workload, input, target, {"ignore_index": IGNORED_LABEL} if data.ignored else {})
+
+
+def make_labels(data: Data, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Class indices (N, *spatial), constant in patches of PATCH pixels along each spatial dimension."""
+    batch, classes, *spatial = data.shape
+    patches = (batch, *(-(-size // PATCH) for size in spatial))
+    labels = torch.randint(classes, patches, generator=generator)
+    if data.ignored:
+        labels[torch.rand(patches, generator=generator) < data.ignored] = IGNORED_LABEL
+    for dim, size in enumerate(spatial, start=1):
+        labels = labels.repeat_interleave(PATCH, dim).narrow(dim, 0, size)
+    return labels.to(dtype).contiguous()
+
+
+def choose(patterns: Sequence[str]) -> list[Workload]:
+    """The workloads whose name matches one of the shell patterns, in the table's order."""
+    for pattern in patterns:
+        if not fnmatch.filter(WORKLOADS, pattern):
+            raise ValueError(f"no workload matches {pattern!r}; --list shows their names")
+    return [w for name, w in WORKLOADS.items() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]

@@ -1,0 +1,219 @@
+// The cross-entropy ops on the CPU: checks, allocation, chunks, and the last sum.
+#include "kernels/cross_entropy.h"
+
+#include <limits>
+#include <tuple>
+
+#include "binding/logits.h"
+#include "binding/ops.h"
+#include "kernels/cpu/dispatch.h"
+
+namespace fusedloss {
+namespace {
+
+// The arguments after the checks, with whatever had to be copied.
+struct Call {
+  Tensor input;
+  Tensor target;
+  std::vector<double> weight64;
+  std::vector<float> weight32;
+  std::vector<int64_t> target_sizes;
+  CrossEntropyParams params{};
+  Reduction reduction;
+  int64_t chunks;
+
+  Call(const char* op, const Tensor& input_argument, const Tensor& target_argument, const std::optional<Tensor>& weight,
+       int64_t ignore_index, int64_t reduction_argument, double label_smoothing)
+      : input(input_argument), target(target_argument), reduction(reduction_of(reduction_argument, op)) {
+    require(input.dim() >= 1, op, "input must have at least one dimension");
+    params.input_dtype = dtype_of(input, op);
+    params.target_dtype = dtype_of(target, op);
+    require(is_floating(params.input_dtype), op, "input must be of a floating dtype");
+    require(label_smoothing >= 0.0 && label_smoothing <= 1.0, op, "label_smoothing must be in [0, 1]");
+    require(params.target_dtype != DType::kBool, op, "target must be class indices or probabilities");
+    input = readable_logits(input);
+
+    const std::vector<int64_t> sizes = sizes_of(input);
+    target_sizes = sizes_of(target);
+    params.soft_labels = is_floating(params.target_dtype);
+    if (params.soft_labels) {
+      require(target_sizes == sizes, op, "target probabilities must have input's shape");
+      require(ignore_index < 0, op, "ignore_index must be negative with target probabilities");
+      require(params.target_dtype == params.input_dtype ||
+                  (params.target_dtype == DType::kFloat32 && params.input_dtype >= DType::kFloat16),
+              op, "target probabilities must be of input's dtype, or float32 for float16 and bfloat16 input");
+      target = in_order_of(target, input);
+      params.target_layout = view_logits(sizes, strides_of(target)).layout;
+    } else {
+      std::vector<int64_t> wanted = sizes;
+      wanted.erase(wanted.begin() + (sizes.size() == 1 ? 0 : 1));
+      require(target_sizes == wanted, op, "target indices must have input's shape without the class dimension");
+      if (!target.is_contiguous()) target = torch::stable::contiguous(target);
+    }
+
+    const LogitView view = view_logits(sizes, strides_of(input));
+    params.samples = view.samples;
+    params.classes = view.classes;
+    params.pixels = view.pixels;
+    params.input_layout = view.layout;
+    require(params.classes < std::numeric_limits<int32_t>::max(), op, "there must be fewer than 2^31 classes");
+    params.input = input.const_data_ptr();
+    params.target = target.const_data_ptr();
+    params.ignore_index = ignore_index;
+    params.label_smoothing = label_smoothing;
+    read_weight(op, weight);
+    const bool empty = params.classes == 0 || params.samples * params.pixels == 0;
+    chunks = empty ? 0 : params.samples * cross_entropy_chunks_per_sample(params.classes, params.pixels);
+  }
+
+  bool float64() const { return params.input_dtype == DType::kFloat64; }
+  int64_t pixel_count() const { return params.samples * params.pixels; }
+  ScalarType compute_type() const { return float64() ? ScalarType::Double : ScalarType::Float; }
+
+  // Statistics: (2 N S + 1) of the compute type: maximum (N S), log_sum (N S), divisor of the mean.
+  template <class A>
+  void point_into(void* statistics) {
+    A* data = static_cast<A*>(statistics);
+    params.maximum = data;
+    params.log_sum = data + pixel_count();
+  }
+  void point_into(void* statistics) { float64() ? point_into<double>(statistics) : point_into<float>(statistics); }
+
+ private:
+  void read_weight(const char* op, const std::optional<Tensor>& weight) {
+    params.weight_sum = static_cast<double>(params.classes);
+    if (!weight.has_value()) return;
+    const DType dtype = dtype_of(*weight, op);
+    require(is_floating(dtype), op, "weight must be of a floating dtype");
+    require(weight->dim() == 1 && weight->numel() == params.classes, op, "weight must have one number a class");
+    const Tensor values = torch::stable::contiguous(torch::stable::to(*weight, ScalarType::Double));
+    const double* data = static_cast<const double*>(values.const_data_ptr());
+    params.weight_sum = 0.0;
+    for (int64_t c = 0; c < params.classes; ++c) params.weight_sum += data[c];
+    if (float64()) {
+      weight64.assign(data, data + params.classes);
+      params.weight = weight64.data();
+    } else {
+      weight32.assign(data, data + params.classes);
+      params.weight = weight32.data();
+    }
+  }
+};
+
+// Under autocast a two-byte input gives a float32 loss.
+DType loss_dtype_of(const Call& call, bool float32_loss) {
+  const CrossEntropyParams& params = call.params;
+  if (params.input_dtype == DType::kFloat64 || params.input_dtype == DType::kFloat32) return params.input_dtype;
+  // torch promotes probabilities and logits.
+  const bool promoted = params.soft_labels && params.target_dtype == DType::kFloat32;
+  return float32_loss || promoted ? DType::kFloat32 : params.input_dtype;
+}
+
+std::vector<int64_t> pixel_sizes(const Tensor& input) {
+  std::vector<int64_t> sizes = sizes_of(input);
+  sizes.erase(sizes.begin() + (sizes.size() == 1 ? 0 : 1));
+  return sizes;
+}
+
+[[noreturn]] void throw_bad_label(const Call& call, int64_t flat) {
+  throw std::out_of_range("cross_entropy: target at " + position_text(flat, call.target_sizes) + " must be in [0, " +
+                          std::to_string(call.params.classes) + ") or ignore_index (" +
+                          std::to_string(call.params.ignore_index) + "), got " +
+                          std::to_string(integer_at(call.params.target, call.params.target_dtype, flat)));
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> cross_entropy_forward(Tensor input, Tensor target, std::optional<Tensor> weight,
+                                                 int64_t ignore_index, int64_t reduction, double label_smoothing,
+                                                 bool float32_loss, bool save_statistics) {
+  Call call("_cross_entropy_forward", input, target, weight, ignore_index, reduction, label_smoothing);
+  CrossEntropyParams& params = call.params;
+  params.loss_dtype = loss_dtype_of(call, float32_loss);
+  const int64_t pixels = call.pixel_count();
+
+  Tensor loss;
+  if (call.reduction == Reduction::kNone) {
+    const std::vector<int64_t> sizes = pixel_sizes(input);
+    loss = allocate(sizes, contiguous_strides(sizes), scalar_type(params.loss_dtype));
+    params.loss = loss.mutable_data_ptr();
+  }
+  Tensor statistics = allocate({save_statistics ? 2 * pixels + 1 : 0}, {1}, call.compute_type());
+  void* saved = save_statistics ? statistics.mutable_data_ptr() : nullptr;
+  if (save_statistics) call.point_into(saved);
+
+  std::vector<CrossEntropyPartial> partials(call.chunks);
+  const cpu::KernelTable& kernels = cpu::kernels();
+  for_chunks(call.chunks,
+             [&](int64_t begin, int64_t end) { kernels.cross_entropy_forward(params, begin, end, partials.data()); });
+
+  double sum = 0.0;
+  double divisor = 0.0;
+  for (const CrossEntropyPartial& partial : partials) {
+    if (partial.bad_label >= 0) throw_bad_label(call, partial.bad_label);
+    sum += partial.loss;
+    divisor += partial.weight;
+  }
+  if (params.soft_labels) divisor = static_cast<double>(pixels);
+  if (save_statistics) {
+    if (call.float64()) {
+      static_cast<double*>(saved)[2 * pixels] = divisor;
+    } else {
+      static_cast<float*>(saved)[2 * pixels] = static_cast<float>(divisor);
+    }
+  }
+  if (call.reduction != Reduction::kNone) {
+    loss = scalar_tensor(call.reduction == Reduction::kMean ? sum / divisor : sum, scalar_type(params.loss_dtype));
+  } else if (call.chunks == 0 && loss.numel() > 0) {
+    torch::stable::zero_(loss);  // pixels of no class
+  }
+  return {loss, statistics};
+}
+
+Tensor cross_entropy_backward(Tensor grad, Tensor input, Tensor target, std::optional<Tensor> weight, Tensor statistics,
+                              int64_t ignore_index, int64_t reduction, double label_smoothing, int64_t operand) {
+  constexpr const char* op = "_cross_entropy_backward";
+  Call call(op, input, target, weight, ignore_index, reduction, label_smoothing);
+  CrossEntropyParams& params = call.params;
+  const int64_t pixels = call.pixel_count();
+  require(operand == 0 || (operand == 1 && params.soft_labels), op,
+          "operand must be 0, or 1 with target probabilities");
+  require(statistics.dim() == 1 && statistics.numel() == 2 * pixels + 1 &&
+              statistics.scalar_type() == call.compute_type() && statistics.is_contiguous(),
+          op, "statistics must be those of the forward op with save_statistics");
+  call.point_into(const_cast<void*>(statistics.const_data_ptr()));
+
+  params.loss_dtype = dtype_of(grad, op);
+  params.gradient_scale = 1.0;
+  if (call.reduction == Reduction::kNone) {
+    require(sizes_of(grad) == pixel_sizes(input), op, "grad must have the loss's shape");
+    if (is_one_element(grad)) {
+      params.gradient_scale = first_element(grad, op);
+    } else {
+      if (!grad.is_contiguous()) grad = torch::stable::contiguous(grad);
+      require(is_floating(params.loss_dtype), op, "grad must be of a floating dtype");
+      params.pixel_gradient = grad.const_data_ptr();
+    }
+  } else {
+    require(grad.numel() == 1, op, "grad must be one number");
+    params.gradient_scale = first_element(grad, op);
+    if (call.reduction == Reduction::kMean) {
+      const void* saved = statistics.const_data_ptr();
+      params.gradient_scale /=
+          call.float64() ? static_cast<const double*>(saved)[2 * pixels] : static_cast<const float*>(saved)[2 * pixels];
+    }
+  }
+
+  const std::vector<int64_t> sizes = sizes_of(input);
+  Tensor gradient = allocate(sizes, dense_strides(sizes, strides_of(call.input)),
+                             scalar_type(operand == 0 ? params.input_dtype : params.target_dtype));
+  params.gradient = gradient.mutable_data_ptr();
+  params.gradient_layout = view_logits(sizes, strides_of(gradient)).layout;
+  const cpu::KernelTable& kernels = cpu::kernels();
+  for_chunks(call.chunks, [&](int64_t begin, int64_t end) {
+    (operand == 0 ? kernels.cross_entropy_backward : kernels.cross_entropy_label_backward)(params, begin, end);
+  });
+  return gradient;
+}
+
+}  // namespace fusedloss

@@ -1,0 +1,35 @@
+// The ops of the CPU library; library.cpp gives their schemas.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+namespace fusedloss {
+
+// (loss, statistics)
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> cross_entropy_forward(
+    torch::stable::Tensor input, torch::stable::Tensor target, std::optional<torch::stable::Tensor> weight,
+    int64_t ignore_index, int64_t reduction, double label_smoothing, bool float32_loss, bool save_statistics);
+
+// The gradient of operand 0 (input) or 1 (target probabilities).
+torch::stable::Tensor cross_entropy_backward(torch::stable::Tensor grad, torch::stable::Tensor input,
+                                             torch::stable::Tensor target, std::optional<torch::stable::Tensor> weight,
+                                             torch::stable::Tensor statistics, int64_t ignore_index, int64_t reduction,
+                                             double label_smoothing, int64_t operand);
+
+// (loss, statistics)
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> mse_loss_forward(torch::stable::Tensor input,
+                                                                          torch::stable::Tensor target,
+                                                                          std::optional<torch::stable::Tensor> weight,
+                                                                          int64_t reduction, bool float32_loss,
+                                                                          bool save_statistics);
+
+// The gradient of operand 0 (input), 1 (target) or 2 (weight), of their common (broadcast) shape.
+torch::stable::Tensor mse_loss_backward(torch::stable::Tensor grad, torch::stable::Tensor input,
+                                        torch::stable::Tensor target, std::optional<torch::stable::Tensor> weight,
+                                        torch::stable::Tensor statistics, int64_t reduction, int64_t operand);
+
+}  // namespace fusedloss

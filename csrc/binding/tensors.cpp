@@ -1,0 +1,153 @@
+#include "binding/tensors.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "binding/huge_pages.h"
+
+namespace fusedloss {
+
+DType dtype_of(const Tensor& tensor, const char* op) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Byte:
+      return DType::kUInt8;
+    case ScalarType::Short:
+      return DType::kInt16;
+    case ScalarType::Int:
+      return DType::kInt32;
+    case ScalarType::Long:
+      return DType::kInt64;
+    case ScalarType::Bool:
+      return DType::kBool;
+    default:
+      throw std::invalid_argument(std::string(op) + ": an argument's dtype is not supported");
+  }
+}
+
+bool is_floating(DType dtype) { return dtype <= DType::kBFloat16; }
+
+ScalarType scalar_type(DType dtype) {
+  constexpr ScalarType types[] = {ScalarType::Double,   ScalarType::Float, ScalarType::Half,
+                                  ScalarType::BFloat16, ScalarType::Byte,  ScalarType::Short,
+                                  ScalarType::Int,      ScalarType::Long,  ScalarType::Bool};
+  return types[static_cast<int>(dtype)];
+}
+
+Reduction reduction_of(int64_t value, const char* op) {
+  require(value >= 0 && value <= 2, op, "reduction must be 0 (none), 1 (mean) or 2 (sum)");
+  return static_cast<Reduction>(value);
+}
+
+Tensor allocate(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0,
+                                                  &handle));
+  Tensor tensor(handle);
+  int64_t elements = 1;
+  for (int64_t size : sizes) elements *= size;
+  if (elements >= kHugePageBytes / 8) {
+    const int64_t bytes = elements * (dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2);
+    advise_huge_pages(tensor.mutable_data_ptr(), bytes);
+  }
+  return tensor;
+}
+
+std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= sizes[d] > 1 ? sizes[d] : 1;
+  }
+  return strides;
+}
+
+std::vector<int64_t> sizes_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+std::vector<int64_t> strides_of(const Tensor& tensor) {
+  const auto strides = tensor.strides();
+  return {strides.begin(), strides.end()};
+}
+
+Tensor scalar_tensor(double value, ScalarType dtype) {
+  Tensor tensor = allocate({}, {}, dtype);
+  void* data = tensor.mutable_data_ptr();
+  switch (dtype) {
+    case ScalarType::Double:
+      *static_cast<double*>(data) = value;
+      break;
+    case ScalarType::Float:
+      *static_cast<float*>(data) = static_cast<float>(value);
+      break;
+    case ScalarType::Half:
+      *static_cast<c10::Half*>(data) = static_cast<float>(value);
+      break;
+    default:
+      *static_cast<c10::BFloat16*>(data) = static_cast<float>(value);
+  }
+  return tensor;
+}
+
+double first_element(const Tensor& tensor, const char* op) {
+  require(tensor.numel() >= 1, op, "the incoming gradient must not be empty");
+  const void* data = tensor.const_data_ptr();
+  switch (dtype_of(tensor, op)) {
+    case DType::kFloat64:
+      return *static_cast<const double*>(data);
+    case DType::kFloat32:
+      return *static_cast<const float*>(data);
+    case DType::kFloat16:
+      return static_cast<float>(*static_cast<const c10::Half*>(data));
+    case DType::kBFloat16:
+      return static_cast<float>(*static_cast<const c10::BFloat16*>(data));
+    default:
+      throw std::invalid_argument(std::string(op) + ": the incoming gradient must be of a floating dtype");
+  }
+}
+
+bool is_one_element(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 0 || (sizes[d] > 1 && strides[d] != 0)) return false;
+  }
+  return true;
+}
+
+std::string position_text(int64_t flat, const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> index(sizes.size());
+  for (size_t d = sizes.size(); d-- > 0;) {
+    index[d] = flat % sizes[d];
+    flat /= sizes[d];
+  }
+  std::string text = "(";
+  for (size_t d = 0; d < index.size(); ++d) text += (d > 0 ? ", " : "") + std::to_string(index[d]);
+  return text + ")";
+}
+
+int64_t integer_at(const void* data, DType dtype, int64_t flat) {
+  switch (dtype) {
+    case DType::kUInt8:
+      return static_cast<const uint8_t*>(data)[flat];
+    case DType::kInt16:
+      return static_cast<const int16_t*>(data)[flat];
+    case DType::kInt32:
+      return static_cast<const int32_t*>(data)[flat];
+    default:
+      return static_cast<const int64_t*>(data)[flat];
+  }
+}
+
+}  // namespace fusedloss

@@ -1,0 +1,210 @@
+// The visits to a class-major tile: class c of pixel i is at z[c * z_stride + i], so a vector holds neighboring pixels.
+//
+// A tile is one block of pixels, eight vectors wide: 512 bytes of each class row with AVX-512. So much of a row keeps
+// the hardware's prefetchers and the page table cache content also for 150 class rows; the second visit to the tile
+// then finds it in the L1 or L2 cache (docs/performance.md has the widths that were tried).
+#pragma once
+
+#include "kernels/cpu/simd.h"
+#include "math/cross_entropy.h"
+
+namespace fusedloss::cpu::FUSEDLOSS_LEVEL {
+namespace {
+
+template <class A>
+constexpr int kBlock = 8 * kLanes<A>;
+
+// Which sum over the classes the labels need beside sum exp: none, the smoothing's, or their own.
+enum class Labels { kIndex, kIndexSmoothed, kSoft };
+
+// What all pixels share.
+template <class A>
+struct Classes {
+  int count;        // C
+  const A* weight;  // (C,), or nullptr for ones
+  math::Smoothing<A> smoothing;
+
+  FUSEDLOSS_HOST_DEVICE A weight_of(int64_t c) const { return weight == nullptr ? A(1) : weight[c]; }
+};
+
+// Forward results of a block; math/cross_entropy.h says what they are.
+template <class A>
+struct alignas(64) BlockSums {
+  A maximum[kBlock<A>];
+  A sum[kBlock<A>];
+  A a[kBlock<A>];  // soft labels only
+  A b[kBlock<A>];  // kIndexSmoothed: sum_c w_c (z_c - m); kSoft: b; else not written
+};
+
+// What the backward needs to know of a block's pixels. G is the incoming gradient, 0 where the label is ignored.
+template <class A>
+struct alignas(64) BlockGradients {
+  A maximum[kBlock<A>];
+  A log2_sum[kBlock<A>];
+  A g[kBlock<A>];                  // G
+  A g_times_a[kBlock<A>];          // G a; index labels only (soft labels sum a over their classes)
+  A g_times_label[kBlock<A>];      // G (1 - e) w_y; index labels only
+  math::Bits<A> label[kBlock<A>];  // class, or -1 where ignored; index labels only
+};
+
+// `kVectors` vectors of pixels from pixel `i` on; with kPartial one vector whose first `count` lanes are pixels.
+template <Labels kLabels, int kVectors, bool kPartial, class T, class Y>
+FUSEDLOSS_HOST_DEVICE void forward_vectors(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride,
+                                           const Y* y, int64_t y_stride, int i, int count,
+                                           BlockSums<ComputeType<T>>& out) {
+  using A = ComputeType<T>;
+  using V = Vector<A>;
+  constexpr int lanes = kLanes<A>;
+  const auto read = [count](const auto* p) {
+    using P = std::remove_const_t<std::remove_pointer_t<decltype(p)>>;
+    if constexpr (kPartial)
+      return load_partial<P>(p, count, 0);
+    else
+      return load<P>(p);
+  };
+
+  V maximum[kVectors], sum[kVectors], a[kVectors], b[kVectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    // Not -infinity: a class of -infinity must give exp(-infinity) = 0, not exp(NaN).
+    maximum[v] = splat<V>(math::Constants<A>::lowest);
+    sum[v] = a[v] = b[v] = V{};
+  }
+  for (int c = 0; c < classes.count; ++c) {
+    const T* row = z + c * z_stride + i;
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) maximum[v] = math::maximum<V>(read(row + v * lanes), maximum[v]);
+  }
+  for (int c = 0; c < classes.count; ++c) {
+    const T* row = z + c * z_stride + i;
+    const A weight = kLabels == Labels::kIndex ? A(1) : classes.weight_of(c);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const V logit = read(row + v * lanes);
+      sum[v] += math::exp_shifted<V>(logit, maximum[v]);
+      if constexpr (kLabels == Labels::kIndexSmoothed) b[v] += weight * (logit - maximum[v]);
+      if constexpr (kLabels == Labels::kSoft) {
+        const V label = read(y + c * y_stride + i + v * lanes);
+        const V label_weight = math::soft_label_weight<V>(classes.smoothing, weight, label);
+        a[v] += label_weight;
+        b[v] += label_weight * (logit - maximum[v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    store(out.maximum + i + v * lanes, maximum[v]);
+    store(out.sum + i + v * lanes, sum[v]);
+    if constexpr (kLabels == Labels::kSoft) store(out.a + i + v * lanes, a[v]);
+    if constexpr (kLabels != Labels::kIndex) store(out.b + i + v * lanes, b[v]);
+  }
+}
+
+// Calls visit(vectors, partial, first pixel, count) until `count` pixels are done; the first two are compile-time
+// constants (std::integral_constant). A whole block goes in steps of kVectors, a tail vector by vector.
+template <class A, int kVectors, class Visit>
+FUSEDLOSS_HOST_DEVICE void for_vectors(int count, Visit visit) {
+  int i = 0;
+  for (; i + kVectors * kLanes<A> <= count; i += kVectors * kLanes<A>) {
+    visit(std::integral_constant<int, kVectors>{}, std::false_type{}, i, kVectors * kLanes<A>);
+  }
+  for (; i + kLanes<A> <= count; i += kLanes<A>) {
+    visit(std::integral_constant<int, 1>{}, std::false_type{}, i, kLanes<A>);
+  }
+  if (i < count) visit(std::integral_constant<int, 1>{}, std::true_type{}, i, count - i);
+}
+
+template <Labels kLabels, class T, class Y>
+void forward_tile(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride, const Y* y, int64_t y_stride,
+                  int count, BlockSums<ComputeType<T>>& out) {
+  // Two (index) to four accumulators a vector have to fit in the registers.
+  constexpr int vectors = kLabels == Labels::kIndex ? 8 : 4;
+  for_vectors<ComputeType<T>, vectors>(count, [&](auto v, auto partial, int i, int n) {
+    forward_vectors<kLabels, v(), partial()>(classes, z, z_stride, y, y_stride, i, n, out);
+  });
+}
+
+// kMasked: exact zeros for ignored pixels, whose probabilities may be NaN.
+template <Labels kLabels, bool kMasked, bool kStream, int kVectors, bool kPartial, class T, class Y>
+FUSEDLOSS_HOST_DEVICE void backward_vectors(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride,
+                                            const Y* y, int64_t y_stride, int i, int count,
+                                            const BlockGradients<ComputeType<T>>& pixels, T* gradient,
+                                            int64_t gradient_stride) {
+  using A = ComputeType<T>;
+  using V = Vector<A>;
+  using Label = math::Bits<V>;
+  constexpr int lanes = kLanes<A>;
+  const auto read = [count](const auto* p) {
+    using P = std::remove_const_t<std::remove_pointer_t<decltype(p)>>;
+    if constexpr (kPartial)
+      return load_partial<P>(p, count, 0);
+    else
+      return load<P>(p);
+  };
+
+  V maximum[kVectors], log2_sum[kVectors], g[kVectors], g_times_a[kVectors], g_times_label[kVectors];
+  Label label[kVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    const int at = i + v * lanes;
+    maximum[v] = load(pixels.maximum + at);
+    log2_sum[v] = load(pixels.log2_sum + at);
+    if constexpr (kLabels != Labels::kIndex) g[v] = load(pixels.g + at);
+    if constexpr (kLabels != Labels::kSoft) {
+      g_times_a[v] = load(pixels.g_times_a + at);
+      g_times_label[v] = load(pixels.g_times_label + at);
+      label[v] = *reinterpret_cast<const typename VectorOf<math::Bits<A>>::Memory*>(pixels.label + at);
+    }
+  }
+  if constexpr (kLabels == Labels::kSoft) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) g_times_a[v] = V{};
+    for (int c = 0; c < classes.count; ++c) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const V y_c = read(y + c * y_stride + i + v * lanes);
+        g_times_a[v] += g[v] * math::soft_label_weight<V>(classes.smoothing, classes.weight_of(c), y_c);
+      }
+    }
+  }
+  for (int c = 0; c < classes.count; ++c) {
+    const T* row = z + c * z_stride + i;
+    T* gradient_row = gradient + c * gradient_stride + i;
+    const A weight = kLabels == Labels::kIndex ? A(0) : classes.weight_of(c);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const V p = math::probability<V>(read(row + v * lanes), maximum[v], log2_sum[v]);
+      V g_times_label_weight;
+      if constexpr (kLabels == Labels::kSoft) {
+        const V y_c = read(y + c * y_stride + i + v * lanes);
+        g_times_label_weight = g[v] * math::soft_label_weight<V>(classes.smoothing, weight, y_c);
+      } else {
+        g_times_label_weight = label[v] == math::Bits<A>(c) ? g_times_label[v] : V{};
+        if constexpr (kLabels == Labels::kIndexSmoothed) {
+          g_times_label_weight += g[v] * (classes.smoothing.every * weight);
+        }
+      }
+      V value = math::cross_entropy_logit_gradient<V>(g_times_a[v], p, g_times_label_weight);
+      if constexpr (kMasked) value = label[v] < math::Bits<A>(0) ? V{} : value;
+      if constexpr (kPartial) {
+        store_partial<T>(gradient_row, value, count);
+      } else if constexpr (kStream) {
+        store_streaming<T>(gradient_row + v * lanes, value);
+      } else {
+        store<T>(gradient_row + v * lanes, value);
+      }
+    }
+  }
+}
+
+template <Labels kLabels, bool kMasked, bool kStream, class T, class Y>
+void backward_tile(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride, const Y* y, int64_t y_stride,
+                   int count, const BlockGradients<ComputeType<T>>& pixels, T* gradient, int64_t gradient_stride) {
+  for_vectors<ComputeType<T>, 4>(count, [&](auto v, auto partial, int i, int n) {
+    backward_vectors<kLabels, kMasked, kStream, v(), partial()>(classes, z, z_stride, y, y_stride, i, n, pixels,
+                                                                gradient, gradient_stride);
+  });
+}
+
+}  // namespace
+}  // namespace fusedloss::cpu::FUSEDLOSS_LEVEL

@@ -1,0 +1,24 @@
+// What one instruction-set level exports: the chunk functions of every loss.
+//
+// A caller splits the work into chunks whose number follows from the shape alone, hands ranges of chunks to threads in
+// any way it likes, and sums the partials in the order of their index.
+#pragma once
+
+#include "kernels/cross_entropy.h"
+#include "kernels/mse_loss.h"
+
+namespace fusedloss::cpu {
+
+struct KernelTable {
+  const char* level;
+
+  // partials: (chunks) of the whole call; those in [begin, end) are written.
+  void (*cross_entropy_forward)(const CrossEntropyParams&, int64_t begin, int64_t end, CrossEntropyPartial* partials);
+  void (*cross_entropy_backward)(const CrossEntropyParams&, int64_t begin, int64_t end);
+  void (*cross_entropy_label_backward)(const CrossEntropyParams&, int64_t begin, int64_t end);
+
+  void (*mse_loss_forward)(const MseLossParams&, int64_t begin, int64_t end, MseLossPartial* partials);
+  void (*mse_loss_backward)(const MseLossParams&, int64_t begin, int64_t end);
+};
+
+}  // namespace fusedloss::cpu

@@ -1,0 +1,275 @@
+// Vectors of the width of this file's instruction-set level, as GCC/Clang vector types: the same source for every
+// level.
+//
+// Nothing in this folder's level-compiled files may have external linkage but the kernel table: an inline function
+// compiled for AVX-512 could be the copy that the linker keeps for all. Hence the anonymous namespaces.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "kernels/dtype.h"
+#include "math/elementary.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace fusedloss::cpu::FUSEDLOSS_LEVEL {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;  // SSE2, NEON
+#endif
+
+template <class E, int kBytes = kVectorBytes>
+struct VectorOf {
+  typedef E Type __attribute__((vector_size(kBytes)));
+  // For memory: any alignment, may alias.
+  typedef E Memory __attribute__((vector_size(kBytes), aligned(alignof(E)), may_alias));
+};
+
+template <class E>
+using Vector = typename VectorOf<E>::Type;
+
+// Lanes of a vector of the compute type.
+template <class A>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+
+}  // namespace
+}  // namespace fusedloss::cpu::FUSEDLOSS_LEVEL
+
+namespace fusedloss::math {
+template <>
+struct RealTraits<cpu::FUSEDLOSS_LEVEL::Vector<float>> {
+  using Element = float;
+  using Bits = cpu::FUSEDLOSS_LEVEL::Vector<int32_t>;
+};
+template <>
+struct RealTraits<cpu::FUSEDLOSS_LEVEL::Vector<double>> {
+  using Element = double;
+  using Bits = cpu::FUSEDLOSS_LEVEL::Vector<int64_t>;
+};
+}  // namespace fusedloss::math
+
+namespace fusedloss::cpu::FUSEDLOSS_LEVEL {
+namespace {
+
+using math::splat;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Two-byte floating-point numbers <-> float, lane by lane, in integer arithmetic: vectorizes at every level.
+
+// U: a vector of uint32_t, or uint32_t.
+template <class U>
+FUSEDLOSS_HOST_DEVICE U bfloat16_to_float_bits(U bits) {
+  return bits << 16;
+}
+
+// Round to nearest even; NaN stays NaN (a plain round-up could carry a NaN's mantissa over into infinity).
+template <class U>
+FUSEDLOSS_HOST_DEVICE U float_bits_to_bfloat16(U bits) {
+  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const U quiet_nan = (bits >> 16) | 0x40u;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded;
+}
+
+// V: a vector of float, or float; U: the same of uint32_t.
+template <class V, class U>
+FUSEDLOSS_HOST_DEVICE U float16_to_float_bits(U half) {
+  const U sign = (half & 0x8000u) << 16;
+  const U magnitude = (half & 0x7fffu) << 13;
+  // The exponent is 112 too small; a product mends it for denormal numbers too.
+  const V scaled = math::bit_cast<V>(magnitude) * 5.192296858534828e+33f;  // 2^112
+  const U special = magnitude | 0x7f800000u;                               // infinity and NaN
+  return sign | (magnitude >= 0x0f800000u ? special : math::bit_cast<U>(scaled));
+}
+
+template <class V, class U>
+FUSEDLOSS_HOST_DEVICE U float_bits_to_float16(U bits) {
+  const U sign = (bits >> 16) & 0x8000u;
+  const U magnitude = bits & 0x7fffffffu;
+  // Normal results: round to nearest even at bit 13, then move the exponent by 112.
+  const U normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Below 2^-14: adding 1/2 makes the hardware round at the last bit of a denormal half.
+  const U denormal = math::bit_cast<U>(V(math::bit_cast<V>(magnitude) + 0.5f)) - 0x3f000000u;
+  const U infinity = bits * 0u + 0x7c00u;
+  const U nan = bits * 0u + 0x7e00u;
+  U result = magnitude < 0x38800000u ? denormal : normal;
+  result = magnitude >= 0x47800000u ? infinity : result;  // 65536 and above; 65520..65535 round up to 0x7c00 above
+  result = magnitude > 0x7f800000u ? nan : result;
+  return sign | result;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Loads and stores of one vector of the compute type.
+
+template <class T>
+FUSEDLOSS_HOST_DEVICE Vector<ComputeType<T>> load(const T* p) {
+  return *reinterpret_cast<const typename VectorOf<T>::Memory*>(p);
+}
+
+typedef VectorOf<uint16_t, kVectorBytes / 2>::Type HalfBits;
+typedef VectorOf<uint16_t, kVectorBytes / 2>::Memory HalfMemory;
+
+template <>
+FUSEDLOSS_HOST_DEVICE Vector<float> load(const BFloat16* p) {
+  const HalfBits bits = *reinterpret_cast<const HalfMemory*>(p);
+  return math::bit_cast<Vector<float>>(bfloat16_to_float_bits(__builtin_convertvector(bits, Vector<uint32_t>)));
+}
+
+template <>
+FUSEDLOSS_HOST_DEVICE Vector<float> load(const Float16* p) {
+#if defined(__AVX512F__)  // the masked forms: the plain ones make GCC 12 warn about its own header
+  return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  const HalfBits bits = *reinterpret_cast<const HalfMemory*>(p);
+  return math::bit_cast<Vector<float>>(
+      float16_to_float_bits<Vector<float>>(__builtin_convertvector(bits, Vector<uint32_t>)));
+#endif
+}
+
+template <class T>
+FUSEDLOSS_HOST_DEVICE void store(T* p, Vector<ComputeType<T>> value) {
+  *reinterpret_cast<typename VectorOf<T>::Memory*>(p) = value;
+}
+
+FUSEDLOSS_HOST_DEVICE HalfBits narrow(Vector<float> value, const BFloat16*) {
+  return __builtin_convertvector(float_bits_to_bfloat16(math::bit_cast<Vector<uint32_t>>(value)), HalfBits);
+}
+
+FUSEDLOSS_HOST_DEVICE HalfBits narrow(Vector<float> value, const Float16*) {
+#if defined(__AVX512F__)
+  return (HalfBits)_mm512_maskz_cvtps_ph(0xffff, (__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  return (HalfBits)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  return __builtin_convertvector(float_bits_to_float16<Vector<float>>(math::bit_cast<Vector<uint32_t>>(value)),
+                                 HalfBits);
+#endif
+}
+
+template <>
+FUSEDLOSS_HOST_DEVICE void store(BFloat16* p, Vector<float> value) {
+  *reinterpret_cast<HalfMemory*>(p) = narrow(value, p);
+}
+
+template <>
+FUSEDLOSS_HOST_DEVICE void store(Float16* p, Vector<float> value) {
+  *reinterpret_cast<HalfMemory*>(p) = narrow(value, p);
+}
+
+// Store past the caches, for an output that is not read again soon: saves reading the line before it is overwritten,
+// a third of the backward pass on memory (docs/performance.md). Needs p aligned to the bytes written, and
+// streaming_fence() before another thread reads. Intrinsics, because GCC has no portable spelling.
+#if defined(__AVX512F__)
+constexpr bool kCanStream = true;
+template <class T>
+FUSEDLOSS_HOST_DEVICE void store_streaming(T* p, Vector<ComputeType<T>> value) {
+  if constexpr (sizeof(T) == 2) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrow(value, p));
+  } else {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)value);
+  }
+}
+#elif defined(__AVX2__)
+constexpr bool kCanStream = true;
+template <class T>
+FUSEDLOSS_HOST_DEVICE void store_streaming(T* p, Vector<ComputeType<T>> value) {
+  if constexpr (sizeof(T) == 2) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)narrow(value, p));
+  } else {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)value);
+  }
+}
+#else
+constexpr bool kCanStream = false;
+template <class T>
+FUSEDLOSS_HOST_DEVICE void store_streaming(T* p, Vector<ComputeType<T>> value) {
+  store(p, value);
+}
+#endif
+
+// Outputs from this size on are streamed: about a core's share of the last-level cache.
+constexpr int64_t kStreamingBytes = int64_t{4} << 20;
+
+FUSEDLOSS_HOST_DEVICE void streaming_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+template <class T>
+FUSEDLOSS_HOST_DEVICE bool streaming_aligned(const T* p) {
+  constexpr uintptr_t bytes = sizeof(T) * kLanes<ComputeType<T>>;
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
+
+// The first `count` lanes; the others are `fill` (load) or left alone (store). For the tail of a row.
+// Not inlined: tails are rare, and dozens of copies of them would double the size of the library.
+template <class T>
+__attribute__((noinline)) Vector<ComputeType<T>> load_partial(const T* p, int count, ComputeType<T> fill) {
+  constexpr int lanes = kLanes<ComputeType<T>>;
+  T buffer[lanes] = {};
+  for (int i = 0; i < count; ++i) buffer[i] = p[i];
+  Vector<ComputeType<T>> value = load<T>(buffer);
+  for (int i = count; i < lanes; ++i) value[i] = fill;
+  return value;
+}
+
+template <class T>
+__attribute__((noinline)) void store_partial(T* p, Vector<ComputeType<T>> value, int count) {
+  T buffer[kLanes<ComputeType<T>>];
+  store<T>(buffer, value);
+  for (int i = 0; i < count; ++i) p[i] = buffer[i];
+}
+
+// One number.
+template <class T>
+FUSEDLOSS_HOST_DEVICE ComputeType<T> load_one(const T* p) {
+  return *p;
+}
+template <>
+FUSEDLOSS_HOST_DEVICE float load_one(const BFloat16* p) {
+  return math::bit_cast<float>(bfloat16_to_float_bits<uint32_t>(p->bits));
+}
+template <>
+FUSEDLOSS_HOST_DEVICE float load_one(const Float16* p) {
+  return math::bit_cast<float>(float16_to_float_bits<float, uint32_t>(p->bits));
+}
+
+template <class T>
+FUSEDLOSS_HOST_DEVICE void store_one(T* p, ComputeType<T> value) {
+  *p = value;
+}
+template <>
+FUSEDLOSS_HOST_DEVICE void store_one(BFloat16* p, float value) {
+  p->bits = static_cast<uint16_t>(float_bits_to_bfloat16(math::bit_cast<uint32_t>(value)));
+}
+template <>
+FUSEDLOSS_HOST_DEVICE void store_one(Float16* p, float value) {
+  p->bits = static_cast<uint16_t>(float_bits_to_float16<float, uint32_t>(math::bit_cast<uint32_t>(value)));
+}
+
+template <class A>
+FUSEDLOSS_HOST_DEVICE double sum_lanes(Vector<A> value) {
+  double sum = 0;
+  for (int i = 0; i < kLanes<A>; ++i) sum += static_cast<double>(value[i]);
+  return sum;
+}
+
+template <class A>
+FUSEDLOSS_HOST_DEVICE A maximum_lane(Vector<A> value) {
+  A result = value[0];
+  for (int i = 1; i < kLanes<A>; ++i) result = math::maximum(result, value[i]);
+  return result;
+}
+
+}  // namespace
+}  // namespace fusedloss::cpu::FUSEDLOSS_LEVEL

@@ -1,0 +1,123 @@
+// exp2 and log as branch-free polynomials, so that a loop over them becomes vector code at every instruction-set level.
+//
+// The standard library's versions are calls per number; 44 million of them are the whole time of a loss. The
+// coefficients are minimax fits on the reduced range, made with mpmath; their errors stand beside them.
+#pragma once
+
+#include "math/real.h"
+
+namespace fusedloss::math {
+
+template <class E>
+struct ElementaryConstants;
+
+template <>
+struct ElementaryConstants<float> {
+  static constexpr float log2_e = 1.44269504088896341f;
+  static constexpr float ln2_high = 6.9313812256e-01f;  // trailing zeros: exponent * ln2_high is exact
+  static constexpr float ln2_low = 9.0580006145e-06f;
+  static constexpr float infinity = __builtin_inff();
+  static constexpr float lowest = -__FLT_MAX__;
+  // Adding 1.5 * 2^mantissa_bits rounds to an integer and leaves that integer in the low bits.
+  static constexpr float round_magic = 12582912.0f;
+  static constexpr int mantissa_bits = 23;
+  static constexpr float exponent_floor = -127.0f;  // 2^-127 built from exponent bits alone is exactly 0
+  static constexpr int32_t sqrt_half_bits = 0x3f3504f3;
+  // 2^f on [-1/2, 1/2], lowest order first; relative error 2e-9.
+  static constexpr int exp2_degree = 6;
+  static constexpr float exp2_coefficients[7] = {1.0f,
+                                                 0.6931472028559701f,
+                                                 0.24022647913498202f,
+                                                 0.055503324696931644f,
+                                                 0.009618437366505061f,
+                                                 0.0013398874866911f,
+                                                 0.00015353360507637f};
+  // log((1 + s) / (1 - s)) = 2 s + s R(s^2); FreeBSD's e_logf.c gives the fit and its error, 2^-34.
+  static constexpr int log_terms = 4;
+  static constexpr float log_coefficients[4] = {0.66666662693f, 0.40000972152f, 0.28498786688f, 0.24279078841f};
+};
+
+template <>
+struct ElementaryConstants<double> {
+  static constexpr double log2_e = 1.44269504088896340736;
+  static constexpr double ln2_high = 6.93147180369123816490e-01;
+  static constexpr double ln2_low = 1.90821492927058770002e-10;
+  static constexpr double infinity = __builtin_inf();
+  static constexpr double lowest = -__DBL_MAX__;
+  static constexpr double round_magic = 6755399441055744.0;
+  static constexpr int mantissa_bits = 52;
+  static constexpr double exponent_floor = -1023.0;
+  static constexpr int64_t sqrt_half_bits = 0x3fe6a09e667f3bcd;
+  // Relative error 3e-18.
+  static constexpr int exp2_degree = 11;
+  static constexpr double exp2_coefficients[12] = {1.0,
+                                                   0.6931471805599453,
+                                                   0.24022650695910158,
+                                                   0.055504108664821625,
+                                                   0.009618129107587256,
+                                                   0.001333355814640647,
+                                                   0.00015403530463724353,
+                                                   1.5252733841556773e-05,
+                                                   1.3215432535912375e-06,
+                                                   1.0178057087733941e-07,
+                                                   7.074194297288521e-09,
+                                                   4.4558179083360645e-10};
+  // FreeBSD's e_log.c, error 2^-58.
+  static constexpr int log_terms = 7;
+  static constexpr double log_coefficients[7] = {
+      6.666666666666735130e-01, 3.999999999940941908e-01, 2.857142874366239149e-01, 2.222219843214978396e-01,
+      1.818357216161805012e-01, 1.531383769920937332e-01, 1.479819860511658591e-01};
+};
+
+template <class Real>
+using Constants = ElementaryConstants<Element<Real>>;
+
+// 2^t for t <= 127 (float) or 1023 (double); exactly 0 from -127 (-1023) down, NaN for NaN.
+// Results below the normal range are rounded coarsely (absolute error below the smallest normal number).
+template <class Real>
+FUSEDLOSS_HOST_DEVICE Real exp2(Real t) {
+  using K = Constants<Real>;
+  const Real floor = splat<Real>(K::exponent_floor);
+  t = t < floor ? floor : t;  // written so that NaN stays NaN
+  const Real shifted = t + K::round_magic;
+  const Real fraction = t - (shifted - K::round_magic);  // exact, in [-1/2, 1/2]
+  Real power = splat<Real>(K::exp2_coefficients[K::exp2_degree]);
+  for (int k = K::exp2_degree - 1; k >= 0; --k) power = power * fraction + K::exp2_coefficients[k];
+  // The low bits of `shifted` are the integer part: shifted up, they are added to the exponent.
+  return bit_cast<Real>(bit_cast<Bits<Real>>(power) + (bit_cast<Bits<Real>>(shifted) << K::mantissa_bits));
+}
+
+// e^x with the same range; the product with log2(e) costs |x| / 2 units in the last place, which in a probability
+// e^x <= 1 is an absolute error below the dtype's rounding of 1.
+template <class Real>
+FUSEDLOSS_HOST_DEVICE Real exp(Real x) {
+  return exp2<Real>(x * Constants<Real>::log2_e);
+}
+
+// Natural logarithm of a normal positive number, of 0 (-inf), of infinity and of NaN. Not for negative or denormal
+// numbers.
+template <class Real>
+FUSEDLOSS_HOST_DEVICE Real log(Real x) {
+  using K = Constants<Real>;
+  using B = Bits<Real>;
+  const B bits = bit_cast<B>(x);
+  const B exponent = (bits - K::sqrt_half_bits) >> K::mantissa_bits;  // so that the mantissa is in [sqrt(1/2), sqrt(2))
+  const Real mantissa = bit_cast<Real>(bits - (exponent << K::mantissa_bits));
+  // An integer becomes a floating-point number by the same addition that exp2 takes apart.
+  const Real e = bit_cast<Real>(bit_cast<B>(splat<Real>(K::round_magic)) + exponent) - K::round_magic;
+
+  const Real f = mantissa - Element<Real>(1);
+  const Real s = f / (f + Element<Real>(2));
+  const Real z = s * s;
+  Real r = splat<Real>(K::log_coefficients[K::log_terms - 1]);
+  for (int k = K::log_terms - 2; k >= 0; --k) r = r * z + K::log_coefficients[k];
+  r = r * z;
+  const Real half_square = f * f * Element<Real>(0.5);
+  const Real value = e * K::ln2_high + (f - (half_square - (s * (half_square + r) + e * K::ln2_low)));
+
+  const Real infinity = splat<Real>(K::infinity);
+  const Real zero = Real{};
+  return x == zero ? -infinity : (x < infinity ? value : x);
+}
+
+}  // namespace fusedloss::math

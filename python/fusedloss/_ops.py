@@ -1,0 +1,193 @@
+"""The compiled ops: the only file that names the binaries.
+
+For every op it gives the shapes and strides of the results (``register_fake``), so that torch.compile and torch.export
+can trace it; ``_autograd.py`` gives the derivatives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedloss import _C  # after torch, whose libraries it needs
+
+cross_entropy: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fusedloss.cross_entropy.default
+cross_entropy_forward: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fusedloss._cross_entropy_forward.default
+cross_entropy_backward: Callable[..., Tensor] = torch.ops.fusedloss._cross_entropy_backward.default
+mse_loss: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fusedloss.mse_loss.default
+mse_loss_forward: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fusedloss._mse_loss_forward.default
+mse_loss_backward: Callable[..., Tensor] = torch.ops.fusedloss._mse_loss_backward.default
+
+NONE, MEAN, SUM = 0, 1, 2  # torch's numbering of `reduction`
+
+
+def show_config() -> str:
+    """Tell how the binary was built and which instruction-set level it runs.
+
+    Returns:
+        A text of several lines, for bug reports.
+
+    >>> print(show_config())  # doctest: +ELLIPSIS
+    fusedloss ...
+    """
+    info = _C.build_info()
+    lines = [f"fusedloss {info.pop('version')}"]
+    lines += [f"  {name.replace('_', ' ')}: {value}" for name, value in info.items()]
+    lines.append(f"  running torch: {torch.__version__}")
+    lines.append(f"  cpu capability: {_C.get_cpu_capability()} (of {', '.join(_C.cpu_capabilities())})")
+    lines.append(f"  threads: {torch.get_num_threads()}")
+    return "\n".join(lines)
+
+
+# --- shapes and strides -----------------------------------------------------------------------------------------------
+
+
+def _class_dim(input: Tensor) -> int:
+    return 0 if input.dim() == 1 else 1
+
+
+def _pixel_shape(input: Tensor) -> list[Any]:
+    shape = list(input.shape)
+    del shape[_class_dim(input)]
+    return shape
+
+
+def _contiguous_strides(shape: list[Any]) -> list[Any]:
+    strides = [1] * len(shape)
+    for d in range(len(shape) - 2, -1, -1):
+        strides[d] = strides[d + 1] * max(shape[d + 1], 1)
+    return strides
+
+
+def _logit_strides(input: Tensor) -> list[Any]:
+    """Dense strides in the order that the kernels visit `input` in (dense_strides in csrc/binding/logits.cpp)."""
+    shape, strides = list(input.shape), list(input.stride())
+    contiguous = _contiguous_strides(shape)
+    if len(shape) == 1 or all(n == 1 or s == c for n, s, c in zip(shape, strides, contiguous, strict=True)):
+        return contiguous
+    pixels: Any = 1
+    pixel_stride: Any = 1
+    for d in range(len(shape) - 1, 1, -1):
+        if shape[d] != 1:
+            if pixels == 1:
+                pixel_stride = strides[d]
+            elif strides[d] != pixel_stride * pixels:
+                return contiguous  # spatial dimensions out of order: copied
+        pixels = pixels * shape[d]
+    class_stride = 1 if shape[1] == 1 else strides[1]
+    rows = pixels == 1
+    if rows:
+        pixels = shape[0]
+        pixel_stride = strides[0] if pixels != 1 else (shape[1] if class_stride == 1 else 1)
+    if pixel_stride == 1:
+        if class_stride == 1 and shape[1] > 1 and pixels > 1:
+            return contiguous  # expanded: copied
+        if rows and shape[0] > 1:
+            return [1, shape[0]] + [1] * (len(shape) - 2)
+        return contiguous
+    if class_stride != 1:
+        return contiguous  # copied
+    dense = [0] * len(shape)
+    dense[1], stride = 1, shape[1]
+    for d in range(len(shape) - 1, 1, -1):
+        dense[d] = stride
+        stride = stride * shape[d]
+    dense[0] = stride
+    return dense
+
+
+def _dense_strides(tensor: Tensor) -> list[Any]:
+    """The tensor's strides where it is dense, else contiguous: csrc/binding/mse_loss.cpp, dense_strides."""
+    shape, strides = list(tensor.shape), list(tensor.stride())
+    expected: Any = 1
+    for stride, size in sorted((s, n) for s, n in zip(strides, shape, strict=True) if n != 1):
+        if stride != expected:
+            return _contiguous_strides(shape)
+        expected = expected * size
+    return strides
+
+
+def _promote(*tensors: Tensor | None) -> torch.dtype:
+    given = [tensor.dtype for tensor in tensors if tensor is not None]
+    dtype = given[0]
+    for other in given[1:]:
+        dtype = torch.promote_types(dtype, other)
+    return dtype
+
+
+def _loss_dtype(dtype: torch.dtype, float32_loss: bool) -> torch.dtype:
+    return torch.float32 if float32_loss and dtype != torch.float64 else dtype
+
+
+@torch.library.register_fake("fusedloss::_cross_entropy_forward")
+@torch.library.register_fake("fusedloss::cross_entropy")
+def _cross_entropy_forward_fake(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+    float32_loss: bool,
+    save_statistics: bool,
+) -> tuple[Tensor, Tensor]:
+    soft = target.dtype.is_floating_point
+    dtype = _loss_dtype(_promote(input, target if soft else None), float32_loss)
+    shape = _pixel_shape(input)
+    loss = input.new_empty(shape if reduction == NONE else [], dtype=dtype)
+    compute = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return loss, input.new_empty([2 * math.prod(shape) + 1 if save_statistics else 0], dtype=compute)
+
+
+@torch.library.register_fake("fusedloss::_cross_entropy_backward")
+def _cross_entropy_backward_fake(
+    grad: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+    operand: int,
+) -> Tensor:
+    dtype = input.dtype if operand == 0 else target.dtype
+    return torch.empty_strided(list(input.shape), _logit_strides(input), dtype=dtype, device=input.device)
+
+
+@torch.library.register_fake("fusedloss::_mse_loss_forward")
+@torch.library.register_fake("fusedloss::mse_loss")
+def _mse_loss_forward_fake(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    float32_loss: bool,
+    save_statistics: bool,
+) -> tuple[Tensor, Tensor]:
+    dtype = _loss_dtype(_promote(input, target, weight), float32_loss)
+    if reduction == NONE:
+        loss = torch.empty_strided(list(input.shape), _dense_strides(input), dtype=dtype, device=input.device)
+    else:
+        loss = input.new_empty([], dtype=dtype)
+    kept = 2 if save_statistics and weight is not None and reduction == MEAN else 0
+    return loss, input.new_empty([kept], dtype=torch.float64)
+
+
+@torch.library.register_fake("fusedloss::_mse_loss_backward")
+def _mse_loss_backward_fake(
+    grad: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    reduction: int,
+    operand: int,
+) -> Tensor:
+    wanted = (input, target, weight)[operand]
+    assert wanted is not None
+    return torch.empty_strided(list(wanted.shape), _dense_strides(wanted), dtype=wanted.dtype, device=wanted.device)
