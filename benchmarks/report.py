@@ -150,7 +150,7 @@ def bytes_per_pixel(row: Row) -> float | None:
     dtype: torch.dtype = getattr(torch, row.dtype)
     gradient_bytes = elements * dtype.itemsize
     # Rounded, because the loss and the incoming gradient, a few bytes in all, belong to no pixel.
-    return round((row.peak_allocated_bytes - gradient_bytes) / (elements / shape[1]), 2)
+    return round((row.peak_allocated_bytes - gradient_bytes) / (elements / shape[1]), 1)
 
 
 def speed_up(by_key: Rows, workload: str, slow: str, fast: str, pass_name: str) -> float | None:

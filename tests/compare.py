@@ -39,6 +39,7 @@ def check(
     grad_output: Tensor | None = None,
     with_torch: bool = True,
     what: str = "",
+    scale: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Ours is no worse than PyTorch, in value and gradients. ``with_torch=False``: where PyTorch means otherwise."""
     wrt = call.differentiable if wrt is None else tuple(wrt)
@@ -49,9 +50,11 @@ def check(
     their_value, their_gradients = evaluate(loss.torch, call, wrt, grad_output) if with_torch else (None, {})
     if their_value is not None:
         assert value.dtype == their_value.dtype, f"{what} result dtype"
-    assert_no_worse(value, their_value, true_value, f"{what} value".strip())
+    assert_no_worse(value, their_value, true_value, f"{what} value".strip(), scale)
     for name in wrt:
         gradient = gradients[name]
         assert gradient.dtype == call.tensors[name].dtype, f"{what} dtype of the gradient of {name}"
-        assert_no_worse(gradient, their_gradients.get(name), true_gradients[name], f"{what} gradient of {name}".strip())
+        assert_no_worse(
+            gradient, their_gradients.get(name), true_gradients[name], f"{what} gradient of {name}".strip(), scale
+        )
     return value, gradients

@@ -391,6 +391,24 @@ class Step(torch.nn.Module):
 
 @pytest.mark.compile
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    "transform",
+    [func_grad, func_jvp, forward_mode, vmap, vmap_of_grad, hessian],
+    ids=lambda transform: transform.__name__,
+)
+@each_reduction
+@first_cases
+def test_transform_of_the_compiled(case, reduction, transform, device):
+    """The other way round: what was compiled as an ordinary function is then transformed."""
+    call = case.make(torch.float64, device, reduction)
+    _, theirs, tensors = scalar_functions(case, reduction, device)
+    compiled, _ = call.on(torch.compile(case.loss.function, backend="aot_eager"), call.differentiable)
+    factors = random_like(call.run(case.loss.torch))
+    assert_same(transform(lambda *ts: (compiled(*ts) * factors).sum(), tensors), transform(theirs, tensors))
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("fresh_compiler")
 @each_reduction
 @first_cases
 def test_export(case, reduction, device):
@@ -406,3 +424,66 @@ def test_export(case, reduction, device):
         torch.testing.assert_close(exported.module()(*example), step(*example))
     kernels = [node for node in again.graph.nodes if str(node.target).startswith("fusedloss.")]
     assert len(kernels) == 1, f"the loss must be one node, got {kernels}"
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    "transform", [func_grad, func_jvp, forward_mode, vmap, double_backward], ids=lambda transform: transform.__name__
+)
+@first_cases
+def test_transform_of_the_exported(case, transform, device):
+    """An exported program holds the bare operation. It may refuse a transform, but not give a wrong derivative."""
+    m = Maker(torch.float64, device)
+    target = m.labels(5, 2, 4) if case.loss.name == "cross_entropy" else m.normal(2, 5, 4)
+    example = (m.normal(2, 5, 4), target)
+    exported = torch.export.export(case.loss.module(), example).module()
+    expected = transform(lambda x: case.loss.torch(x, target), example[:1])
+    try:
+        result = transform(lambda x: exported(x, target), example[:1])
+    except (RuntimeError, NotImplementedError):
+        return
+    assert_same(result, expected)
+
+
+# ---- between the doors -----------------------------------------------------------------------------------------------
+# The forward ran as an ordinary call; only its backward happens under a transform. Compared with the reference, for
+# torch.nn.functional.mse_loss itself fails here ("ZeroTensors are immutable", torch 2.13).
+
+
+@each_reduction
+@each_typical_case
+def test_tangent_of_the_incoming_gradient(case, reduction, device):
+    """The backward is linear in the incoming gradient, so a tangent of that comes out as a tangent."""
+    call = case.make(torch.float64, device, reduction)
+    results = []
+    for function in (case.loss.function, case.loss.reference):
+        of_tensors, tensors = call.on(function, call.differentiable)
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        value = of_tensors(*leaves)
+        with forward_ad.dual_level():
+            incoming = forward_ad.make_dual(random_like(value), random_like(value, seed=5))
+            gradients = torch.autograd.grad(value, leaves, incoming)
+            results.append([tuple(forward_ad.unpack_dual(gradient)) for gradient in gradients])
+    assert_same(*results)
+
+
+@each_reduction
+@each_typical_case
+def test_backward_inside_a_transform(case, reduction, device):
+    """torch.autograd.grad of an ordinary result, called inside vmap and jvp."""
+    call = case.make(torch.float64, device, reduction)
+    results = []
+    for function in (case.loss.function, case.loss.reference):
+        of_tensors, tensors = call.on(function, call.differentiable)
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        value = of_tensors(*leaves)
+
+        def pull(incoming, value=value, leaves=leaves):
+            return torch.autograd.grad(value, leaves, incoming, retain_graph=True)
+
+        batch_of_incoming = torch.stack([random_like(value, seed) for seed in (1, 2, 3)])
+        results.append(
+            (func.vmap(pull)(batch_of_incoming), func.jvp(pull, (random_like(value),), (random_like(value, 4),)))
+        )
+    assert_same(*results)

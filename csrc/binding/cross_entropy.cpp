@@ -18,6 +18,7 @@ struct Call {
   std::vector<double> weight64;
   std::vector<float> weight32;
   std::vector<int64_t> target_sizes;
+  LogitView view;
   CrossEntropyParams params{};
   Reduction reduction;
   int64_t chunks;
@@ -43,7 +44,6 @@ struct Call {
                   (params.target_dtype == DType::kFloat32 && params.input_dtype >= DType::kFloat16),
               op, "target probabilities must be of input's dtype, or float32 for float16 and bfloat16 input");
       target = in_order_of(target, input);
-      params.target_layout = view_logits(sizes, strides_of(target)).layout;
     } else {
       std::vector<int64_t> wanted = sizes;
       wanted.erase(wanted.begin() + (sizes.size() == 1 ? 0 : 1));
@@ -51,7 +51,8 @@ struct Call {
       if (!target.is_contiguous()) target = torch::stable::contiguous(target);
     }
 
-    const LogitView view = view_logits(sizes, strides_of(input));
+    view = view_logits(sizes, strides_of(input));
+    if (params.soft_labels) params.target_layout = *layout_under(view, sizes, strides_of(target));
     params.samples = view.samples;
     params.classes = view.classes;
     params.pixels = view.pixels;
@@ -122,6 +123,15 @@ std::vector<int64_t> pixel_sizes(const Tensor& input) {
                           std::to_string(integer_at(call.params.target, call.params.target_dtype, flat)));
 }
 
+// Without classes no label is one, and no kernel runs that would say so.
+void check_no_label(const Call& call) {
+  for (int64_t i = 0; i < call.pixel_count(); ++i) {
+    if (integer_at(call.params.target, call.params.target_dtype, i) != call.params.ignore_index) {
+      throw_bad_label(call, i);
+    }
+  }
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> cross_entropy_forward(Tensor input, Tensor target, std::optional<Tensor> weight,
@@ -147,6 +157,7 @@ std::tuple<Tensor, Tensor> cross_entropy_forward(Tensor input, Tensor target, st
   for_chunks(call.chunks,
              [&](int64_t begin, int64_t end) { kernels.cross_entropy_forward(params, begin, end, partials.data()); });
 
+  if (params.classes == 0 && !params.soft_labels) check_no_label(call);
   double sum = 0.0;
   double divisor = 0.0;
   for (const CrossEntropyPartial& partial : partials) {
@@ -168,6 +179,12 @@ std::tuple<Tensor, Tensor> cross_entropy_forward(Tensor input, Tensor target, st
     torch::stable::zero_(loss);  // pixels of no class
   }
   return {loss, statistics};
+}
+
+Tensor cross_entropy(Tensor input, Tensor target, std::optional<Tensor> weight, int64_t ignore_index, int64_t reduction,
+                     double label_smoothing, bool float32_loss) {
+  return std::get<0>(cross_entropy_forward(std::move(input), std::move(target), std::move(weight), ignore_index,
+                                           reduction, label_smoothing, float32_loss, false));
 }
 
 Tensor cross_entropy_backward(Tensor grad, Tensor input, Tensor target, std::optional<Tensor> weight, Tensor statistics,
@@ -208,7 +225,7 @@ Tensor cross_entropy_backward(Tensor grad, Tensor input, Tensor target, std::opt
   Tensor gradient = allocate(sizes, dense_strides(sizes, strides_of(call.input)),
                              scalar_type(operand == 0 ? params.input_dtype : params.target_dtype));
   params.gradient = gradient.mutable_data_ptr();
-  params.gradient_layout = view_logits(sizes, strides_of(gradient)).layout;
+  params.gradient_layout = *layout_under(call.view, sizes, strides_of(gradient));
   const cpu::KernelTable& kernels = cpu::kernels();
   for_chunks(call.chunks, [&](int64_t begin, int64_t end) {
     (operand == 0 ? kernels.cross_entropy_backward : kernels.cross_entropy_label_backward)(params, begin, end);

@@ -1,6 +1,6 @@
 // Schemas of the ops. Names with an underscore are private: they have no derivative of their own and are called by
-// python/fusedloss/_ops.py alone. The others are the same functions under a name that gets one there
-// (torch.library.register_autograd), for torch.compile and torch.export.
+// python/fusedloss/_ops.py alone. The others are their values under a name to which python/fusedloss/_autograd.py gives
+// a derivative, for torch.compile and torch.export.
 #include <torch/csrc/stable/library.h>
 
 #include "binding/ops.h"
@@ -8,7 +8,7 @@
 STABLE_TORCH_LIBRARY(fusedloss, m) {
   m.def(
       "cross_entropy(Tensor input, Tensor target, Tensor? weight, int ignore_index, int reduction, "
-      "float label_smoothing, bool float32_loss, bool save_statistics) -> (Tensor, Tensor)");
+      "float label_smoothing, bool float32_loss) -> Tensor");
   m.def(
       "_cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int ignore_index, int reduction, "
       "float label_smoothing, bool float32_loss, bool save_statistics) -> (Tensor, Tensor)");
@@ -16,9 +16,7 @@ STABLE_TORCH_LIBRARY(fusedloss, m) {
       "_cross_entropy_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor statistics, "
       "int ignore_index, int reduction, float label_smoothing, int operand) -> Tensor");
 
-  m.def(
-      "mse_loss(Tensor input, Tensor target, Tensor? weight, int reduction, bool float32_loss, bool save_statistics) "
-      "-> (Tensor, Tensor)");
+  m.def("mse_loss(Tensor input, Tensor target, Tensor? weight, int reduction, bool float32_loss) -> Tensor");
   m.def(
       "_mse_loss_forward(Tensor input, Tensor target, Tensor? weight, int reduction, bool float32_loss, "
       "bool save_statistics) -> (Tensor, Tensor)");
@@ -28,10 +26,10 @@ STABLE_TORCH_LIBRARY(fusedloss, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedloss, CPU, m) {
-  m.impl("cross_entropy", TORCH_BOX(&fusedloss::cross_entropy_forward));
+  m.impl("cross_entropy", TORCH_BOX(&fusedloss::cross_entropy));
   m.impl("_cross_entropy_forward", TORCH_BOX(&fusedloss::cross_entropy_forward));
   m.impl("_cross_entropy_backward", TORCH_BOX(&fusedloss::cross_entropy_backward));
-  m.impl("mse_loss", TORCH_BOX(&fusedloss::mse_loss_forward));
+  m.impl("mse_loss", TORCH_BOX(&fusedloss::mse_loss));
   m.impl("_mse_loss_forward", TORCH_BOX(&fusedloss::mse_loss_forward));
   m.impl("_mse_loss_backward", TORCH_BOX(&fusedloss::mse_loss_backward));
 }

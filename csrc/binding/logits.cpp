@@ -2,47 +2,79 @@
 
 namespace fusedloss {
 
-LogitView view_logits(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
-  LogitView view{1, 1, 1, {0, 1, 1}, true};
-  if (sizes.size() == 1) {
-    view.classes = sizes[0];
-    // One pixel: its own stride is free, so name the class stride for what it is.
-    view.layout = strides[0] == 1 || sizes[0] == 1 ? LogitLayout{0, 1, sizes[0]} : LogitLayout{0, strides[0], 1};
-    if (view.layout.pixel_stride == 1) view.layout.class_stride = strides[0];
-    return view;
-  }
-  view.samples = sizes[0];
-  view.classes = sizes[1];
-  int64_t sample_stride = strides[0];
-  int64_t class_stride = sizes[1] == 1 ? 1 : strides[1];
-  int64_t pixel_stride = 1;
-  // Spatial dimensions that follow each other in memory are one; those of size 1 have no stride.
-  for (size_t d = sizes.size(); d-- > 2;) {
-    if (sizes[d] != 1) {
-      if (view.pixels == 1) {
-        pixel_stride = strides[d];
-      } else if (strides[d] != pixel_stride * view.pixels) {
-        view.readable = false;
+namespace {
+
+// Samples, classes and spatial dimensions (as one), before anything is folded.
+struct Geometry {
+  int64_t samples = 1;
+  int64_t classes = 1;
+  int64_t spatial = 1;
+  LogitLayout layout{0, 1, 1};
+  bool mergeable = true;  // the spatial dimensions follow each other in memory
+
+  Geometry(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+    const bool one_sample = sizes.size() == 1;
+    classes = sizes[one_sample ? 0 : 1];
+    layout.class_stride = classes == 1 ? 1 : strides[one_sample ? 0 : 1];
+    if (one_sample) return;
+    samples = sizes[0];
+    layout.sample_stride = strides[0];
+    for (size_t d = sizes.size(); d-- > 2;) {
+      if (sizes[d] != 1) {  // a dimension of size 1 has no stride
+        if (spatial == 1) {
+          layout.pixel_stride = strides[d];
+        } else if (strides[d] != layout.pixel_stride * spatial) {
+          mergeable = false;
+        }
       }
+      spatial *= sizes[d];
     }
-    view.pixels *= sizes[d];
   }
-  if (view.pixels == 1) {
-    // Rows: samples are the pixels.
-    view.pixels = view.samples;
-    view.samples = 1;
-    pixel_stride = view.pixels == 1 ? (class_stride == 1 ? view.classes : 1) : sample_stride;
-    sample_stride = 0;
-  } else if (view.samples == 1 || sample_stride == view.pixels * pixel_stride) {
-    // channels_last: all samples are one run of pixels.
-    view.pixels *= view.samples;
-    view.samples = 1;
-    sample_stride = 0;
+
+  LogitLayout folded(LogitView::Fold fold) const {
+    switch (fold) {
+      case LogitView::Fold::kRows:
+        return {0, layout.class_stride, layout.sample_stride};
+      case LogitView::Fold::kAll:
+        return {0, layout.class_stride, layout.pixel_stride};
+      default:
+        return layout;
+    }
   }
-  if (class_stride == 1 && pixel_stride == 1 && view.classes > 1 && view.pixels > 1) view.readable = false;  // expanded
-  if (class_stride != 1 && pixel_stride != 1) view.readable = false;
-  view.layout = {sample_stride, class_stride, pixel_stride};
+
+  bool samples_are_pixels() const { return samples == 1 || layout.sample_stride == spatial * layout.pixel_stride; }
+};
+
+}  // namespace
+
+LogitView view_logits(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+  using Fold = LogitView::Fold;
+  const Geometry geometry(sizes, strides);
+  LogitView view;
+  view.classes = geometry.classes;
+  view.readable = geometry.mergeable;
+  view.fold = geometry.spatial == 1 ? Fold::kRows : geometry.samples_are_pixels() ? Fold::kAll : Fold::kSpatial;
+  view.layout = geometry.folded(view.fold);
+  view.samples = view.fold == Fold::kSpatial ? geometry.samples : 1;
+  view.pixels = view.fold == Fold::kSpatial ? geometry.spatial : geometry.spatial * geometry.samples;
+  if (view.pixels == 1) view.layout.pixel_stride = view.layout.class_stride == 1 ? view.classes : 1;  // free to choose
+
+  const bool classes_inner = view.layout.class_stride == 1;
+  const bool pixels_inner = view.layout.pixel_stride == 1;
+  if (!classes_inner && !pixels_inner) view.readable = false;
+  if (classes_inner && pixels_inner && view.classes > 1 && view.pixels > 1) view.readable = false;  // overlapping
   return view;
+}
+
+std::optional<LogitLayout> layout_under(const LogitView& view, const std::vector<int64_t>& sizes,
+                                        const std::vector<int64_t>& strides) {
+  const Geometry geometry(sizes, strides);
+  if (!geometry.mergeable) return std::nullopt;
+  if (view.fold == LogitView::Fold::kAll && !geometry.samples_are_pixels()) return std::nullopt;
+  LogitLayout layout = geometry.folded(view.fold);
+  if (view.pixels == 1) layout.pixel_stride = view.layout.pixel_stride;
+  const bool same_order = view.class_innermost() ? layout.class_stride == 1 : layout.pixel_stride == 1;
+  return same_order ? std::optional<LogitLayout>(layout) : std::nullopt;
 }
 
 std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
@@ -65,7 +97,7 @@ std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, const std:
     dense[0] = stride;
     return dense;
   }
-  if (view.samples == 1 && view.pixels == sizes[0] && sizes[0] > 1) {
+  if (view.fold == LogitView::Fold::kRows && sizes[0] > 1) {
     // Rows whose samples are neighbors: (N, C) transposed.
     for (size_t d = 2; d < sizes.size(); ++d) dense[d] = 1;
     dense[0] = 1;
@@ -81,9 +113,8 @@ Tensor readable_logits(const Tensor& tensor) {
 
 Tensor in_order_of(const Tensor& tensor, const Tensor& like) {
   const std::vector<int64_t> sizes = sizes_of(tensor);
-  const LogitView view = view_logits(sizes, strides_of(tensor));
   const std::vector<int64_t> like_strides = strides_of(like);
-  if (view.readable && view.same_order(view_logits(sizes, like_strides))) return tensor;
+  if (layout_under(view_logits(sizes, like_strides), sizes, strides_of(tensor))) return tensor;
   Tensor copy = allocate(sizes, dense_strides(sizes, like_strides), tensor.scalar_type());
   torch::stable::copy_(copy, tensor);
   return copy;

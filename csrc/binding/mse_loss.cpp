@@ -171,6 +171,11 @@ std::tuple<Tensor, Tensor> mse_loss_forward(Tensor input, Tensor target, std::op
   return {loss, statistics};
 }
 
+Tensor mse_loss(Tensor input, Tensor target, std::optional<Tensor> weight, int64_t reduction, bool float32_loss) {
+  return std::get<0>(
+      mse_loss_forward(std::move(input), std::move(target), std::move(weight), reduction, float32_loss, false));
+}
+
 Tensor mse_loss_backward(Tensor grad, Tensor input, Tensor target, std::optional<Tensor> weight, Tensor statistics,
                          int64_t reduction, int64_t operand) {
   constexpr const char* op = "_mse_loss_backward";

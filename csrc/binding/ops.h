@@ -9,6 +9,10 @@
 
 namespace fusedloss {
 
+torch::stable::Tensor cross_entropy(torch::stable::Tensor input, torch::stable::Tensor target,
+                                    std::optional<torch::stable::Tensor> weight, int64_t ignore_index,
+                                    int64_t reduction, double label_smoothing, bool float32_loss);
+
 // (loss, statistics)
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> cross_entropy_forward(
     torch::stable::Tensor input, torch::stable::Tensor target, std::optional<torch::stable::Tensor> weight,
@@ -19,6 +23,9 @@ torch::stable::Tensor cross_entropy_backward(torch::stable::Tensor grad, torch::
                                              torch::stable::Tensor target, std::optional<torch::stable::Tensor> weight,
                                              torch::stable::Tensor statistics, int64_t ignore_index, int64_t reduction,
                                              double label_smoothing, int64_t operand);
+
+torch::stable::Tensor mse_loss(torch::stable::Tensor input, torch::stable::Tensor target,
+                               std::optional<torch::stable::Tensor> weight, int64_t reduction, bool float32_loss);
 
 // (loss, statistics)
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> mse_loss_forward(torch::stable::Tensor input,

@@ -4,8 +4,8 @@ A call comes in by one of three doors, asked in this order:
 
 1. A transform of :mod:`torch.func` or a forward-mode level is active: the reference formula runs, in plain PyTorch
    operations that every transform knows. An op of ours would be silently wrong there (its tangent would be zero).
-2. torch.compile or torch.export is tracing: the public op, for which this file registers a derivative, becomes one
-   node.
+2. torch.compile or torch.export is tracing: the public op becomes one node. Whatever is done to that node later asks
+   the doors again (``_kernel_of_public_op``).
 3. Otherwise: an autograd Function on the private op. Its backward runs the hand-written kernel, or, where a graph of
    the backward is wanted (``create_graph=True``), differentiates the reference formula.
 
@@ -27,6 +27,7 @@ from fusedloss import _ops, reference
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 Tensors = tuple[Tensor | None, ...]
+_TENSORS = 3  # every loss has input, target and weight (a Tensor or None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,14 +38,14 @@ class Loss:
 
     Attributes:
         name: of the public function.
-        traced: the public op ``(*tensors, *options, float32_loss, save_statistics) -> (loss, statistics)``.
-        forward: the private op with the same signature.
+        public: the op ``(*tensors, *options, float32_loss) -> loss``, with a derivative.
+        forward: the private op ``(*tensors, *options, float32_loss, save_statistics) -> (loss, statistics)``.
         backward: ``(grad, *tensors, statistics, *options, operand) -> gradient of tensors[operand]``.
         reference: ``(*tensors, *options) -> loss`` in plain PyTorch operations.
     """
 
     name: str
-    traced: Callable[..., tuple[Tensor, Tensor]]
+    public: Callable[..., Tensor]
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., Tensor]
     reference: Callable[..., Tensor]
@@ -58,9 +59,11 @@ def apply(loss: Loss, tensors: Tensors, options: tuple[Any, ...], float32_loss: 
     if _transforms_active() or forward_ad._current_level >= 0:
         return loss.reference(*tensors, *options)
     if torch.compiler.is_compiling():
-        return loss.traced(*tensors, *options, float32_loss, True)[0]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _apply_function(loss, options, float32_loss, *tensors)
+        return loss.public(*tensors, *options, float32_loss)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return _apply_function(loss, options, float32_loss, *tensors)
     return loss.forward(*tensors, *options, float32_loss, False)[0]
 
 
@@ -76,55 +79,56 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        *tensors, statistics = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[3:]
-        return None, None, None, *_gradients(ctx.loss, ctx.options, tuple(tensors), statistics, grad, wanted)
+        return None, None, None, *_gradients(ctx.loss, ctx.options, ctx.saved_tensors, grad, ctx.needs_input_grad[3:])
 
 
 _apply_function: Callable[..., Tensor] = _Function.apply
 
 
 def _gradients(
-    loss: Loss, options: tuple[Any, ...], tensors: Tensors, statistics: Tensor, grad: Tensor, wanted: tuple[bool, ...]
+    loss: Loss, options: tuple[Any, ...], saved: Tensors, grad: Tensor, wanted: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """Gradients of the tensors that are wanted, None for the others."""
-    if torch.is_grad_enabled():
-        return _differentiable_gradients(loss, options, tensors, grad, wanted)
-    return [
-        loss.backward(grad, *tensors, statistics, *options, operand) if needed else None
-        for operand, needed in enumerate(wanted)
-    ]
+    """Gradients of the tensors that are wanted, None for the others. saved: tensors, then statistics."""
+    # A transform or a tangent may also meet a graph that was built before: in the incoming gradient.
+    if torch.is_grad_enabled() or _transforms_active() or forward_ad._current_level >= 0:
+        return _formula_gradients(loss, options, saved[:-1], grad, wanted)
+    return [loss.backward(grad, *saved, *options, operand) if needed else None for operand, needed in enumerate(wanted)]
 
 
-def _differentiable_gradients(
+def _formula_gradients(
     loss: Loss, options: tuple[Any, ...], tensors: Tensors, grad: Tensor, wanted: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """The same, as a graph that can be differentiated again: for ``create_graph=True``."""
-    # Views, so that a target that was computed from the input does not lend the input its own gradient.
-    leaves = [t if t is None or not needed else t.view_as(t) for t, needed in zip(tensors, wanted, strict=True)]
-    result = loss.reference(*leaves, *options)
-    operands = [leaf for leaf, needed in zip(leaves, wanted, strict=True) if leaf is not None and needed]
-    found = iter(torch.autograd.grad(result, operands, grad.to(result.dtype), create_graph=True))
+    """The same by the reference formula: can be differentiated again (``create_graph=True``) and transformed."""
+
+    # A function of its operands alone: a target that was computed from the input does not lend the input its gradient.
+    def value_of(*operands: Tensor) -> Tensor:
+        given = iter(operands)
+        return loss.reference(
+            *(next(given) if needed else t for t, needed in zip(tensors, wanted, strict=True)), *options
+        )
+
+    operands = [t for t, needed in zip(tensors, wanted, strict=True) if t is not None and needed]
+    value, pull_back, *_ = torch.func.vjp(value_of, *operands)
+    found = iter(pull_back(grad.to(value.dtype)))
     return [next(found) if needed else None for needed in wanted]
 
 
-def _register_derivative(loss: Loss, tensor_count: int) -> None:
-    """Gives the public op the derivative that torch.compile and torch.export trace."""
+def _kernel_of_public_op(loss: Loss) -> Callable[..., Tensor]:
+    """What the public op does where autograd is on: asks the doors again.
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.set_materialize_grads(False)  # or `statistics` would get a gradient of zeros as large as itself
-        ctx.save_for_backward(*inputs[:tensor_count], output[1])
-        ctx.options = inputs[tensor_count:-2]
+    Tracers meet the op inside a module that was compiled or exported, and may then transform or differentiate that.
+    """
 
-    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-        *tensors, statistics = ctx.saved_tensors
-        others = (None,) * (len(ctx.options) + 2)
-        if grad is None:
-            return (None,) * tensor_count + others
-        wanted = ctx.needs_input_grad[:tensor_count]
-        return *_gradients(loss, ctx.options, tuple(tensors), statistics, grad, wanted), *others
+    def kernel(*arguments: Any) -> Tensor:
+        tensors, options, float32_loss = arguments[:_TENSORS], arguments[_TENSORS:-1], arguments[-1]
+        if _transforms_active() or forward_ad._current_level >= 0:
+            return loss.reference(*tensors, *options)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            return _apply_function(loss, options, float32_loss, *tensors)
+        with torch._C._AutoDispatchBelowAutograd():
+            return loss.public(*arguments)
 
-    torch.library.register_autograd(f"fusedloss::{loss.name}", backward, setup_context=setup_context)
+    return kernel
 
 
 _REDUCTIONS = ("none", "mean", "sum")
@@ -188,5 +192,6 @@ CROSS_ENTROPY = Loss(
 )
 MSE_LOSS = Loss("mse_loss", _ops.mse_loss, _ops.mse_loss_forward, _ops.mse_loss_backward, _reference_mse_loss)
 
+_library = torch.library.Library("fusedloss", "FRAGMENT")  # holds the registrations: they end with it
 for _loss in (CROSS_ENTROPY, MSE_LOSS):
-    _register_derivative(_loss, tensor_count=3)
+    _library.impl(_loss.name, _kernel_of_public_op(_loss), "Autograd")

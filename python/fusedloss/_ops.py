@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fusedloss import _C  # after torch, whose libraries it needs
 
-cross_entropy: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fusedloss.cross_entropy.default
+cross_entropy: Callable[..., Tensor] = torch.ops.fusedloss.cross_entropy.default
 cross_entropy_forward: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fusedloss._cross_entropy_forward.default
 cross_entropy_backward: Callable[..., Tensor] = torch.ops.fusedloss._cross_entropy_backward.default
-mse_loss: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fusedloss.mse_loss.default
+mse_loss: Callable[..., Tensor] = torch.ops.fusedloss.mse_loss.default
 mse_loss_forward: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fusedloss._mse_loss_forward.default
 mse_loss_backward: Callable[..., Tensor] = torch.ops.fusedloss._mse_loss_backward.default
 
@@ -124,7 +124,6 @@ def _loss_dtype(dtype: torch.dtype, float32_loss: bool) -> torch.dtype:
 
 
 @torch.library.register_fake("fusedloss::_cross_entropy_forward")
-@torch.library.register_fake("fusedloss::cross_entropy")
 def _cross_entropy_forward_fake(
     input: Tensor,
     target: Tensor,
@@ -160,7 +159,6 @@ def _cross_entropy_backward_fake(
 
 
 @torch.library.register_fake("fusedloss::_mse_loss_forward")
-@torch.library.register_fake("fusedloss::mse_loss")
 def _mse_loss_forward_fake(
     input: Tensor,
     target: Tensor,
@@ -191,3 +189,15 @@ def _mse_loss_backward_fake(
     wanted = (input, target, weight)[operand]
     assert wanted is not None
     return torch.empty_strided(list(wanted.shape), _dense_strides(wanted), dtype=wanted.dtype, device=wanted.device)
+
+
+@torch.library.register_fake("fusedloss::cross_entropy")
+def _cross_entropy_fake(*arguments: Any) -> Tensor:
+    loss: Tensor = _cross_entropy_forward_fake(*arguments, False)[0]
+    return loss
+
+
+@torch.library.register_fake("fusedloss::mse_loss")
+def _mse_loss_fake(*arguments: Any) -> Tensor:
+    loss: Tensor = _mse_loss_forward_fake(*arguments, False)[0]
+    return loss

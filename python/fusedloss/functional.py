@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
@@ -17,12 +18,30 @@ from fusedloss import _autograd
 
 __all__ = ["cross_entropy", "mse_loss"]
 
+_P = ParamSpec("_P")
+
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _HALF_DTYPES = (torch.float16, torch.bfloat16)
 _FLOATING_DTYPES = (torch.float32, torch.float64, *_HALF_DTYPES)
 _LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
+def _without_retired(function: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
+    """The function, with a word for those who still pass what torch has retired."""
+
+    @functools.wraps(function)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
+        for argument in ("size_average", "reduce"):
+            if argument in kwargs:
+                raise TypeError(
+                    f"{function.__name__}: `{argument}` is retired: use `reduction` ('none', 'mean' or 'sum')"
+                )
+        return function(*args, **kwargs)
+
+    return checked
+
+
+@_without_retired
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -96,6 +115,7 @@ def cross_entropy(
         raise
 
 
+@_without_retired
 def mse_loss(input: Tensor, target: Tensor, *, reduction: str = "mean", weight: Tensor | None = None) -> Tensor:
     """Squared difference of input and target: :func:`torch.nn.functional.mse_loss`, in one pass.
 
@@ -143,6 +163,9 @@ def mse_loss(input: Tensor, target: Tensor, *, reduction: str = "mean", weight: 
 def _cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
 ) -> Tensor:
+    _require_kernels(input, target, weight)
+    if ignore_index is True or ignore_index is False:
+        raise TypeError("cross_entropy: `ignore_index` must be an int, got bool")
     float32_loss = input.dtype in _HALF_DTYPES and torch.is_autocast_enabled(input.device.type)
     if target.is_floating_point():
         dtype = torch.promote_types(input.dtype, target.dtype)
@@ -166,8 +189,11 @@ def _cross_entropy(
 
 
 def _mse_loss(input: Tensor, target: Tensor, reduction: str, weight: Tensor | None) -> Tensor:
+    _require_kernels(input, target, weight)
     float32_loss = input.dtype in _HALF_DTYPES and torch.is_autocast_enabled(input.device.type)
     if input.dtype is not target.dtype:
+        if input.is_complex() or target.is_complex():
+            raise TypeError("mse_loss: `input` and `target` must be real")
         if not target.is_floating_point():
             target = target.to(input.dtype)
         elif not input.is_floating_point():
@@ -184,7 +210,7 @@ def _broadcast_mse_loss(input: Tensor, target: Tensor, reduction: str, weight: T
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
             "This will likely lead to incorrect results due to broadcasting. "
             "Please ensure they have the same size.",
-            stacklevel=4,
+            stacklevel=5,
         )
     # What is smaller than the result goes in as float32: a broadcast operand has the sum of many gradients, and so
     # is the divisor of a weighted mean. Both are rounded once, at the end.
@@ -207,14 +233,23 @@ def _broadcast_mse_loss(input: Tensor, target: Tensor, reduction: str, weight: T
     return (loss / weight.sum() if reduction == "mean" else loss).to(dtype)
 
 
+def _require_kernels(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
+    # The ops alone would take meta tensors, for which tracing gave them shapes.
+    if not (input.is_cpu and target.is_cpu and (weight is None or weight.is_cpu)):
+        raise ValueError("no kernels for this device, or tensors on different ones")
+
+
 # --- what to say of a wrong call --------------------------------------------------------------------------------------
 
 
 def _check_tensor(name: str, argument: str, value: Any, like: Tensor | None = None) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: `{argument}` must be a Tensor, got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise ValueError(f"{name}: `{argument}` must be a dense tensor (use .to_dense()), got layout {value.layout}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise ValueError(
+            f"{name}: `{argument}` must be a dense tensor (use .to_dense() or .to_padded_tensor()), got {kind}"
+        )
     if value.device.type != "cpu":
         raise ValueError(
             f"{name}: `{argument}` must be on the CPU, the only device that this build has kernels for, "
@@ -297,6 +332,8 @@ def _check_mse_loss(input: Any, target: Any, reduction: Any, weight: Any) -> Non
         raise TypeError(
             f"{name}: `input` or `target` must be of a floating dtype, got {input.dtype} and {target.dtype}"
         )
+    if weight is not None and torch.bool in (input.dtype, target.dtype):
+        raise TypeError(f"{name}: `input` and `target` must not be bool with a `weight`, as torch cannot subtract them")
     try:
         torch.broadcast_shapes(input.shape, target.shape)
     except RuntimeError:

@@ -86,7 +86,7 @@ def cross_entropy(
         log_probability = torch.log_softmax(input.to(dtype), dim=class_dim)
         label = target.to(dtype)
         if label_smoothing > 0.0:
-            label = (1.0 - label_smoothing) * label + label_smoothing / num_classes
+            label = (1.0 - label_smoothing) * label + label_smoothing / max(num_classes, 1)
         loss = -(class_weight * label * log_probability).sum(dim=class_dim)
         # The size as a tensor, so that no pixel at all gives 0 / 0 = NaN and not a ZeroDivisionError.
         normalizer = torch.full((), pixels_shape.numel(), dtype=dtype, device=input.device)
@@ -112,7 +112,7 @@ def cross_entropy(
         loss = -weight_of_label * log_probability.gather(class_dim, index).squeeze(class_dim)
         if label_smoothing > 0.0:
             evenly = -(class_weight * log_probability).sum(dim=class_dim)
-            loss = (1.0 - label_smoothing) * loss + (label_smoothing / num_classes) * evenly
+            loss = (1.0 - label_smoothing) * loss + (label_smoothing / max(num_classes, 1)) * evenly
         loss = torch.where(valid, loss, zero)
         normalizer = torch.where(valid, weight_of_label, zero).sum()
 

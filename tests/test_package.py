@@ -1,0 +1,134 @@
+"""What a user sees of the package before any loss is called."""
+
+import importlib.metadata
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusedloss
+from fusedloss import _C
+
+from .registry import each_loss
+
+PUBLIC = {"cross_entropy", "mse_loss", "CrossEntropyLoss", "MSELoss", "reference", "show_config", "__version__"}
+
+
+def test_public_names():
+    assert set(fusedloss.__all__) == PUBLIC
+    for name in PUBLIC:
+        assert hasattr(fusedloss, name), name
+
+
+def test_star_import():
+    names = {}
+    exec("from fusedloss import *", names)
+    assert set(names) - {"__builtins__"} == PUBLIC
+
+
+def test_version():
+    assert fusedloss.__version__ == importlib.metadata.version("fusedloss")
+    assert _C.build_info()["version"] == fusedloss.__version__
+
+
+SIGNATURES = {
+    "cross_entropy": "(input, target, weight=None, *, ignore_index=-100, reduction='mean', label_smoothing=0.0)",
+    "mse_loss": "(input, target, *, reduction='mean', weight=None)",
+    "CrossEntropyLoss": "(weight=None, *, ignore_index=-100, reduction='mean', label_smoothing=0.0)",
+    "MSELoss": "(*, reduction='mean', weight=None)",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature(name):
+    signature = inspect.signature(getattr(fusedloss, name))
+    plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+    assert str(inspect.Signature(plain)) == SIGNATURES[name]
+
+
+@each_loss
+def test_the_reference_has_the_same_signature(loss):
+    def names(function):
+        return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+    assert names(loss.reference) == names(loss.function)
+    assert loss.name in fusedloss.reference.__all__
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC - {"__version__"}))
+def test_is_documented(name):
+    document = inspect.getdoc(getattr(fusedloss, name))
+    assert document
+    assert document.splitlines()[0].endswith(".")
+
+
+@each_loss
+def test_has_types(loss):
+    assert (Path(fusedloss.__file__).parent / "py.typed").exists()
+    for function in (loss.function, loss.reference, loss.module.__init__, loss.module.forward):
+        for parameter in list(inspect.signature(function).parameters.values()):
+            assert parameter.name == "self" or parameter.annotation is not inspect.Parameter.empty
+
+
+def test_build_info():
+    info = _C.build_info()
+    assert info
+    assert all(isinstance(name, str) and isinstance(value, str) and value for name, value in info.items())
+
+
+def test_show_config():
+    text = fusedloss.show_config()
+    assert isinstance(text, str)
+    for word in (fusedloss.__version__, torch.__version__, _C.get_cpu_capability()):
+        assert word in text
+
+
+def run(program, *options):
+    done = subprocess.run([sys.executable, *options, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_is_quiet_and_changes_nothing():
+    program = (
+        "import torch\n"
+        "before = torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed()\n"
+        "import fusedloss\n"
+        "assert before == (torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed())\n"
+        "print('quiet')\n"
+    )
+    assert run(program, "-W", "error") == "quiet"
+
+
+def test_import_without_torch_first():
+    assert run("import fusedloss, torch; print(fusedloss.mse_loss(torch.ones(2), torch.zeros(2)).item())") == "1.0"
+
+
+def test_two_imports_of_one_binary():
+    """A second interpreter of the module (a reload in a notebook) does not register the operations again."""
+    program = (
+        "import importlib, fusedloss, torch\n"
+        "importlib.reload(fusedloss)\n"
+        "print(fusedloss.mse_loss(torch.ones(2), torch.zeros(2)).item())\n"
+    )
+    assert run(program) == "1.0"
+
+
+def test_works_in_a_forked_child():
+    """Data loaders fork. The child runs the kernels after the parent has, with threads of its own."""
+    if not hasattr(__import__("os"), "fork"):
+        pytest.skip("this system does not fork")
+    program = (
+        "import os, torch, fusedloss\n"
+        "x, y = torch.randn(2, 3, 300, 300), torch.zeros(2, 300, 300, dtype=torch.int64)\n"
+        "torch.set_num_threads(1)\n"
+        "expected = fusedloss.cross_entropy(x, y)\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    os._exit(0 if torch.equal(fusedloss.cross_entropy(x, y), expected) else 1)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    assert run(program) == "0"
