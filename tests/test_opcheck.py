@@ -61,6 +61,8 @@ def recorded():
                 call = plain.requiring_grad(plain.differentiable)
                 with recorder:
                     call.run(loss.function).sum().backward()
+                    # The other way to the gradient: of the input alone, for an incoming gradient other than 1.
+                    (2.0 * plain.requiring_grad(["input"]).run(loss.function).sum()).backward()
                 if name in loss.typical:
                     record_compiled(loss, plain.requiring_grad(plain.differentiable), recorder)
                 for operation, args, kwargs in recorder.calls:

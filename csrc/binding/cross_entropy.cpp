@@ -1,6 +1,7 @@
 // The cross-entropy ops on the CPU: checks, allocation, chunks, and the last sum.
 #include "kernels/cross_entropy.h"
 
+#include <cstring>
 #include <limits>
 #include <tuple>
 
@@ -71,12 +72,16 @@ struct Call {
   int64_t pixel_count() const { return params.samples * params.pixels; }
   ScalarType compute_type() const { return float64() ? ScalarType::Double : ScalarType::Float; }
 
-  // Statistics: (2 N S + 1) of the compute type: maximum (N S), log_sum (N S), divisor of the mean.
+  // Statistics: (2 N S + 2) of the compute type: maximum (N S), log_sum (N S), and the 8 bytes of a double, the divisor
+  // of the mean.
   template <class A>
   void point_into(void* statistics) {
     A* data = static_cast<A*>(statistics);
     params.maximum = data;
     params.log_sum = data + pixel_count();
+  }
+  void* divisor_in(void* statistics) const {
+    return static_cast<char*>(statistics) + 2 * pixel_count() * (float64() ? sizeof(double) : sizeof(float));
   }
   void point_into(void* statistics) { float64() ? point_into<double>(statistics) : point_into<float>(statistics); }
 
@@ -134,10 +139,64 @@ void check_no_label(const Call& call) {
 
 }  // namespace
 
+namespace {
+
+// Sums the partials in the order of their index. Throws for the first bad label.
+CrossEntropyPartial total_of(const Call& call, const std::vector<CrossEntropyPartial>& partials) {
+  CrossEntropyPartial total{0.0, 0.0, -1};
+  for (const CrossEntropyPartial& partial : partials) {
+    if (partial.bad_label >= 0) throw_bad_label(call, partial.bad_label);
+    total.loss += partial.loss;
+    total.weight += partial.weight;
+  }
+  return total;
+}
+
+// The divisor of the mean, before any logit is read.
+double divisor_of(const Call& call) {
+  if (call.params.soft_labels) return static_cast<double>(call.pixel_count());
+  std::vector<CrossEntropyPartial> partials(call.chunks);
+  const cpu::KernelTable& kernels = cpu::kernels();
+  for_chunks(call.chunks, [&](int64_t begin, int64_t end) {
+    kernels.cross_entropy_label_weights(call.params, begin, end, partials.data());
+  });
+  return total_of(call, partials).weight;
+}
+
+// Runs the forward kernel; with params.gradient set it writes the gradient for the incoming gradient `grad` too.
+CrossEntropyPartial run_forward(Call& call, double grad) {
+  CrossEntropyParams& params = call.params;
+  if (params.classes == 0 && !params.soft_labels) check_no_label(call);
+  if (params.gradient != nullptr) {
+    params.gradient_scale = call.reduction == Reduction::kMean ? grad / divisor_of(call) : grad;
+  }
+  std::vector<CrossEntropyPartial> partials(call.chunks);
+  const cpu::KernelTable& kernels = cpu::kernels();
+  for_chunks(call.chunks,
+             [&](int64_t begin, int64_t end) { kernels.cross_entropy_forward(params, begin, end, partials.data()); });
+  CrossEntropyPartial total = total_of(call, partials);
+  if (params.soft_labels) total.weight = static_cast<double>(call.pixel_count());
+  return total;
+}
+
+void point_to_gradient(Call& call, const char* op, const Tensor& gradient) {
+  const std::vector<int64_t> sizes = sizes_of(call.input);
+  require(sizes_of(gradient) == sizes && gradient.scalar_type() == call.input.scalar_type(), op,
+          "gradient must be of input's shape and dtype");
+  const auto layout = layout_under(call.view, sizes, strides_of(gradient));
+  require(layout.has_value(), op, "gradient must lie in memory as input does");
+  call.params.gradient_layout = *layout;
+  call.params.gradient = gradient.mutable_data_ptr();
+}
+
+}  // namespace
+
 std::tuple<Tensor, Tensor> cross_entropy_forward(Tensor input, Tensor target, std::optional<Tensor> weight,
                                                  int64_t ignore_index, int64_t reduction, double label_smoothing,
-                                                 bool float32_loss, bool save_statistics) {
-  Call call("_cross_entropy_forward", input, target, weight, ignore_index, reduction, label_smoothing);
+                                                 bool float32_loss, int64_t keep_argument) {
+  constexpr const char* op = "_cross_entropy_forward";
+  Call call(op, input, target, weight, ignore_index, reduction, label_smoothing);
+  const Keep keep = keep_of(keep_argument, op);
   CrossEntropyParams& params = call.params;
   params.loss_dtype = loss_dtype_of(call, float32_loss);
   const int64_t pixels = call.pixel_count();
@@ -148,43 +207,48 @@ std::tuple<Tensor, Tensor> cross_entropy_forward(Tensor input, Tensor target, st
     loss = allocate(sizes, contiguous_strides(sizes), scalar_type(params.loss_dtype));
     params.loss = loss.mutable_data_ptr();
   }
-  Tensor statistics = allocate({save_statistics ? 2 * pixels + 1 : 0}, {1}, call.compute_type());
-  void* saved = save_statistics ? statistics.mutable_data_ptr() : nullptr;
-  if (save_statistics) call.point_into(saved);
-
-  std::vector<CrossEntropyPartial> partials(call.chunks);
-  const cpu::KernelTable& kernels = cpu::kernels();
-  for_chunks(call.chunks,
-             [&](int64_t begin, int64_t end) { kernels.cross_entropy_forward(params, begin, end, partials.data()); });
-
-  if (params.classes == 0 && !params.soft_labels) check_no_label(call);
-  double sum = 0.0;
-  double divisor = 0.0;
-  for (const CrossEntropyPartial& partial : partials) {
-    if (partial.bad_label >= 0) throw_bad_label(call, partial.bad_label);
-    sum += partial.loss;
-    divisor += partial.weight;
+  Tensor kept;
+  if (keep == Keep::kGradient) {
+    require(call.reduction != Reduction::kNone, op, "a gradient can be kept of a mean or a sum only");
+    const std::vector<int64_t> sizes = sizes_of(input);
+    kept = allocate(sizes, dense_strides(sizes, strides_of(call.input)), input.scalar_type());
+    point_to_gradient(call, op, kept);
+  } else {
+    kept = allocate({keep == Keep::kStatistics ? 2 * pixels + 2 : 0}, {1}, call.compute_type());
+    if (keep == Keep::kStatistics) call.point_into(kept.mutable_data_ptr());
   }
-  if (params.soft_labels) divisor = static_cast<double>(pixels);
-  if (save_statistics) {
-    if (call.float64()) {
-      static_cast<double*>(saved)[2 * pixels] = divisor;
-    } else {
-      static_cast<float*>(saved)[2 * pixels] = static_cast<float>(divisor);
-    }
+
+  const CrossEntropyPartial total = run_forward(call, 1.0);
+  if (keep == Keep::kStatistics) {
+    std::memcpy(call.divisor_in(kept.mutable_data_ptr()), &total.weight, sizeof(double));
   }
   if (call.reduction != Reduction::kNone) {
-    loss = scalar_tensor(call.reduction == Reduction::kMean ? sum / divisor : sum, scalar_type(params.loss_dtype));
+    loss = scalar_tensor(call.reduction == Reduction::kMean ? total.loss / total.weight : total.loss,
+                         scalar_type(params.loss_dtype));
   } else if (call.chunks == 0 && loss.numel() > 0) {
     torch::stable::zero_(loss);  // pixels of no class
   }
-  return {loss, statistics};
+  return {loss, kept};
+}
+
+void cross_entropy_rescale(Tensor gradient, Tensor grad, Tensor input, Tensor target, std::optional<Tensor> weight,
+                           int64_t ignore_index, int64_t reduction, double label_smoothing) {
+  constexpr const char* op = "_cross_entropy_rescale_";
+  require(grad.numel() == 1, op, "grad must be one number");
+  const double g = first_element(grad, op);
+  if (g == 1.0) return;
+  // From the logits again, not by a product with what is there: that would round twice, and what a float16 gradient has
+  // lost below its smallest number no loss scale brings back.
+  Call call(op, input, target, weight, ignore_index, reduction, label_smoothing);
+  require(call.reduction != Reduction::kNone, op, "reduction must be a mean or a sum");
+  point_to_gradient(call, op, gradient);
+  run_forward(call, g);
 }
 
 Tensor cross_entropy(Tensor input, Tensor target, std::optional<Tensor> weight, int64_t ignore_index, int64_t reduction,
                      double label_smoothing, bool float32_loss) {
   return std::get<0>(cross_entropy_forward(std::move(input), std::move(target), std::move(weight), ignore_index,
-                                           reduction, label_smoothing, float32_loss, false));
+                                           reduction, label_smoothing, float32_loss, 0));
 }
 
 Tensor cross_entropy_backward(Tensor grad, Tensor input, Tensor target, std::optional<Tensor> weight, Tensor statistics,
@@ -195,9 +259,9 @@ Tensor cross_entropy_backward(Tensor grad, Tensor input, Tensor target, std::opt
   const int64_t pixels = call.pixel_count();
   require(operand == 0 || (operand == 1 && params.soft_labels), op,
           "operand must be 0, or 1 with target probabilities");
-  require(statistics.dim() == 1 && statistics.numel() == 2 * pixels + 1 &&
+  require(statistics.dim() == 1 && statistics.numel() == 2 * pixels + 2 &&
               statistics.scalar_type() == call.compute_type() && statistics.is_contiguous(),
-          op, "statistics must be those of the forward op with save_statistics");
+          op, "statistics must be those that the forward op keeps");
   call.point_into(const_cast<void*>(statistics.const_data_ptr()));
 
   params.loss_dtype = dtype_of(grad, op);
@@ -215,9 +279,9 @@ Tensor cross_entropy_backward(Tensor grad, Tensor input, Tensor target, std::opt
     require(grad.numel() == 1, op, "grad must be one number");
     params.gradient_scale = first_element(grad, op);
     if (call.reduction == Reduction::kMean) {
-      const void* saved = statistics.const_data_ptr();
-      params.gradient_scale /=
-          call.float64() ? static_cast<const double*>(saved)[2 * pixels] : static_cast<const float*>(saved)[2 * pixels];
+      double divisor;
+      std::memcpy(&divisor, call.divisor_in(const_cast<void*>(statistics.const_data_ptr())), sizeof(double));
+      params.gradient_scale /= divisor;
     }
   }
 

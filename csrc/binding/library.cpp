@@ -11,7 +11,10 @@ STABLE_TORCH_LIBRARY(fusedloss, m) {
       "float label_smoothing, bool float32_loss) -> Tensor");
   m.def(
       "_cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int ignore_index, int reduction, "
-      "float label_smoothing, bool float32_loss, bool save_statistics) -> (Tensor, Tensor)");
+      "float label_smoothing, bool float32_loss, int keep) -> (Tensor, Tensor)");
+  m.def(
+      "_cross_entropy_rescale_(Tensor(a!) gradient, Tensor grad, Tensor input, Tensor target, Tensor? weight, "
+      "int ignore_index, int reduction, float label_smoothing) -> ()");
   m.def(
       "_cross_entropy_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor statistics, "
       "int ignore_index, int reduction, float label_smoothing, int operand) -> Tensor");
@@ -19,7 +22,10 @@ STABLE_TORCH_LIBRARY(fusedloss, m) {
   m.def("mse_loss(Tensor input, Tensor target, Tensor? weight, int reduction, bool float32_loss) -> Tensor");
   m.def(
       "_mse_loss_forward(Tensor input, Tensor target, Tensor? weight, int reduction, bool float32_loss, "
-      "bool save_statistics) -> (Tensor, Tensor)");
+      "int keep) -> (Tensor, Tensor)");
+  m.def(
+      "_mse_loss_rescale_(Tensor(a!) gradient, Tensor grad, Tensor input, Tensor target, Tensor? weight, "
+      "int reduction) -> ()");
   m.def(
       "_mse_loss_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor statistics, "
       "int reduction, int operand) -> Tensor");
@@ -28,8 +34,10 @@ STABLE_TORCH_LIBRARY(fusedloss, m) {
 STABLE_TORCH_LIBRARY_IMPL(fusedloss, CPU, m) {
   m.impl("cross_entropy", TORCH_BOX(&fusedloss::cross_entropy));
   m.impl("_cross_entropy_forward", TORCH_BOX(&fusedloss::cross_entropy_forward));
+  m.impl("_cross_entropy_rescale_", TORCH_BOX(&fusedloss::cross_entropy_rescale));
   m.impl("_cross_entropy_backward", TORCH_BOX(&fusedloss::cross_entropy_backward));
   m.impl("mse_loss", TORCH_BOX(&fusedloss::mse_loss));
   m.impl("_mse_loss_forward", TORCH_BOX(&fusedloss::mse_loss_forward));
+  m.impl("_mse_loss_rescale_", TORCH_BOX(&fusedloss::mse_loss_rescale));
   m.impl("_mse_loss_backward", TORCH_BOX(&fusedloss::mse_loss_backward));
 }

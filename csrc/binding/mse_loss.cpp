@@ -133,22 +133,36 @@ struct Call {
 }  // namespace
 
 std::tuple<Tensor, Tensor> mse_loss_forward(Tensor input, Tensor target, std::optional<Tensor> weight,
-                                            int64_t reduction, bool float32_loss, bool save_statistics) {
-  Call call("_mse_loss_forward", input, target, weight, reduction, float32_loss);
+                                            int64_t reduction, bool float32_loss, int64_t keep_argument) {
+  constexpr const char* op = "_mse_loss_forward";
+  Call call(op, input, target, weight, reduction, float32_loss);
+  const Keep keep = keep_of(keep_argument, op);
   MseLossParams& params = call.params;
 
   Tensor loss;
+  Tensor kept;
+  Tensor* output = nullptr;
   if (call.reduction == Reduction::kNone) {
     loss = allocate(call.sizes, dense_strides(call.sizes, strides_of(input)), scalar_type(call.loss_dtype));
-    params.output.data = loss.mutable_data_ptr();
-    params.output.dtype = call.loss_dtype;
+    call.describe(op, loss, params.output);
+    output = &loss;
   }
-  call.set_dimensions(call.reduction == Reduction::kNone ? &loss : nullptr, nullptr);
+  if (keep == Keep::kGradient) {
+    require(call.reduction != Reduction::kNone && !weight.has_value(), op,
+            "a gradient can be kept of a mean or a sum without weights only");
+    kept = allocate(call.sizes, dense_strides(call.sizes, strides_of(input)), input.scalar_type());
+    call.describe(op, kept, params.output);
+    params.gradient_scale = call.reduction == Reduction::kMean ? 1.0 / static_cast<double>(params.elements) : 1.0;
+    output = &kept;
+  }
+  call.set_dimensions(output, nullptr);
 
   std::vector<MseLossPartial> partials(call.chunks);
   const cpu::KernelTable& kernels = cpu::kernels();
-  for_chunks(call.chunks,
-             [&](int64_t begin, int64_t end) { kernels.mse_loss_forward(params, begin, end, partials.data()); });
+  for_chunks(call.chunks, [&](int64_t begin, int64_t end) {
+    (keep == Keep::kGradient ? kernels.mse_loss_forward_and_gradient : kernels.mse_loss_forward)(params, begin, end,
+                                                                                                 partials.data());
+  });
   double sum = 0.0;
   double divisor = 0.0;
   for (const MseLossPartial& partial : partials) {
@@ -157,23 +171,45 @@ std::tuple<Tensor, Tensor> mse_loss_forward(Tensor input, Tensor target, std::op
   }
   if (!weight.has_value()) divisor = static_cast<double>(params.elements);
 
-  // (2,) divisor and mean for the backward of a weighted mean, else (0,): nothing that the sizes do not tell.
-  const bool save = save_statistics && call.weighted_mean();
-  Tensor statistics = allocate({save ? 2 : 0}, {1}, ScalarType::Double);
-  if (save) {
-    double* saved = static_cast<double*>(statistics.mutable_data_ptr());
-    saved[0] = divisor;
-    saved[1] = sum / divisor;
+  if (keep != Keep::kGradient) {
+    // (2,) divisor and mean for the backward of a weighted mean, else (0,): nothing that the sizes do not tell.
+    const bool save = keep == Keep::kStatistics && call.weighted_mean();
+    kept = allocate({save ? 2 : 0}, {1}, ScalarType::Double);
+    if (save) {
+      double* saved = static_cast<double*>(kept.mutable_data_ptr());
+      saved[0] = divisor;
+      saved[1] = sum / divisor;
+    }
   }
   if (call.reduction != Reduction::kNone) {
     loss = scalar_tensor(call.reduction == Reduction::kMean ? sum / divisor : sum, scalar_type(call.loss_dtype));
   }
-  return {loss, statistics};
+  return {loss, kept};
+}
+
+void mse_loss_rescale(Tensor gradient, Tensor grad, Tensor input, Tensor target, std::optional<Tensor> weight,
+                      int64_t reduction) {
+  constexpr const char* op = "_mse_loss_rescale_";
+  require(grad.numel() == 1, op, "grad must be one number");
+  const double g = first_element(grad, op);
+  if (g == 1.0) return;
+  // From the operands again, so that the result is rounded once.
+  Call call(op, input, target, weight, reduction, false);
+  MseLossParams& params = call.params;
+  require(call.reduction != Reduction::kNone && !weight.has_value(), op,
+          "reduction must be a mean or a sum, unweighted");
+  require(gradient.scalar_type() == input.scalar_type(), op, "gradient must be of input's dtype");
+  call.describe(op, gradient, params.output);
+  params.wanted = MseLossParams::Wanted::kInput;
+  params.gradient_scale = call.reduction == Reduction::kMean ? g / static_cast<double>(params.elements) : g;
+  call.set_dimensions(&gradient, nullptr);
+  const cpu::KernelTable& kernels = cpu::kernels();
+  for_chunks(call.chunks, [&](int64_t begin, int64_t end) { kernels.mse_loss_backward(params, begin, end); });
 }
 
 Tensor mse_loss(Tensor input, Tensor target, std::optional<Tensor> weight, int64_t reduction, bool float32_loss) {
   return std::get<0>(
-      mse_loss_forward(std::move(input), std::move(target), std::move(weight), reduction, float32_loss, false));
+      mse_loss_forward(std::move(input), std::move(target), std::move(weight), reduction, float32_loss, 0));
 }
 
 Tensor mse_loss_backward(Tensor grad, Tensor input, Tensor target, std::optional<Tensor> weight, Tensor statistics,
@@ -206,8 +242,7 @@ Tensor mse_loss_backward(Tensor grad, Tensor input, Tensor target, std::optional
 
   const Tensor& wanted = operand == 0 ? input : operand == 1 ? target : *weight;
   Tensor gradient = allocate(call.sizes, dense_strides(call.sizes, strides_of(wanted)), wanted.scalar_type());
-  params.output.data = gradient.mutable_data_ptr();
-  params.output.dtype = dtype_of(wanted, op);
+  call.describe(op, gradient, params.output);
   call.set_dimensions(&gradient, each ? &grad : nullptr);
   const cpu::KernelTable& kernels = cpu::kernels();
   for_chunks(call.chunks, [&](int64_t begin, int64_t end) { kernels.mse_loss_backward(params, begin, end); });

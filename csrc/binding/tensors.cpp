@@ -46,6 +46,11 @@ Reduction reduction_of(int64_t value, const char* op) {
   return static_cast<Reduction>(value);
 }
 
+Keep keep_of(int64_t value, const char* op) {
+  require(value >= 0 && value <= 2, op, "keep must be 0 (nothing), 1 (statistics) or 2 (the gradient)");
+  return static_cast<Keep>(value);
+}
+
 Tensor allocate(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),

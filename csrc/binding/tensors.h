@@ -31,6 +31,10 @@ bool is_floating(DType dtype);
 ScalarType scalar_type(DType dtype);
 Reduction reduction_of(int64_t value, const char* op);
 
+// What a forward op keeps for the backward: nothing, statistics, or the gradient for an incoming gradient of 1.
+enum class Keep : int { kNothing = 0, kStatistics = 1, kGradient = 2 };
+Keep keep_of(int64_t value, const char* op);
+
 // A tensor that is not initialized. Large ones ask for huge pages: the first write to a fresh 4 KiB page costs a fault,
 // which was two thirds of the backward pass (docs/performance.md).
 Tensor allocate(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype);

@@ -52,9 +52,9 @@ struct CrossEntropyParams {
   void* loss;  // (N, S) of loss_dtype, or nullptr where only the sum is wanted
   DType loss_dtype;
 
-  // Backward only.
+  // Backward; and forward, where it is to write the gradient at once (gradient not nullptr).
   const void* pixel_gradient;  // (N, S) of loss_dtype, times gradient_scale; or nullptr for gradient_scale alone
-  double gradient_scale;
+  double gradient_scale;       // incoming gradient, over the divisor of the mean
   void* gradient;  // of the logits by gradient_layout and input_dtype; or of the soft labels, of target_dtype
   LogitLayout gradient_layout;
 };

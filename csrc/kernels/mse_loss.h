@@ -29,10 +29,11 @@ struct MseLossParams {
   StridedArray weight;
   bool float64;  // compute in float64
 
-  // Forward: w (x - y)^2 of each element (data may be nullptr). Backward: the gradient asked for.
+  // Forward: w (x - y)^2 of each element (data may be nullptr). Forward and gradient: that of `input`. Backward: the
+  // gradient asked for.
   StridedArray output;
 
-  // Backward only.
+  // Backward. The forward that writes the gradient too reads only gradient_scale, and takes no weights.
   enum class Wanted : int { kInput = 0, kTarget = 1, kWeight = 2 } wanted;
   StridedArray
       element_gradient;  // incoming gradient of each element, times gradient_scale; or nullptr for the latter alone

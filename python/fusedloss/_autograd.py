@@ -25,9 +25,13 @@ from torch import Tensor
 from fusedloss import _ops, reference
 
 _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+_is_legacy_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
 Tensors = tuple[Tensor | None, ...]
 _TENSORS = 3  # every loss has input, target and weight (a Tensor or None)
+_LOSS_ARGUMENTS = 4  # of _Function, before the tensors
+_ONLY_INPUT = (False,) * _LOSS_ARGUMENTS + (True, False, False)  # of its arguments, requires a gradient
+_NONES = (None,) * _LOSS_ARGUMENTS
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,15 +43,20 @@ class Loss:
     Attributes:
         name: of the public function.
         public: the op ``(*tensors, *options, float32_loss) -> loss``, with a derivative.
-        forward: the private op ``(*tensors, *options, float32_loss, save_statistics) -> (loss, statistics)``.
+        forward: the private op ``(*tensors, *options, float32_loss, keep) -> (loss, what keep asks for)``.
+        rescale: ``(gradient, grad, *tensors, *options)``: turns the gradient of tensors[0] that a forward kept, for an
+            incoming gradient of 1, into the one for `grad`, in place.
         backward: ``(grad, *tensors, statistics, *options, operand) -> gradient of tensors[operand]``.
+        can_keep_gradient: whether the forward can, for these ``(tensors, options)``.
         reference: ``(*tensors, *options) -> loss`` in plain PyTorch operations.
     """
 
     name: str
     public: Callable[..., Tensor]
     forward: Callable[..., tuple[Tensor, Tensor]]
+    rescale: Callable[..., None]
     backward: Callable[..., Tensor]
+    can_keep_gradient: Callable[[Tensors, tuple[Any, ...]], bool]
     reference: Callable[..., Tensor]
 
 
@@ -63,42 +72,69 @@ def apply(loss: Loss, tensors: Tensors, options: tuple[Any, ...], float32_loss: 
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
-                return _apply_function(loss, options, float32_loss, *tensors)
-    return loss.forward(*tensors, *options, float32_loss, False)[0]
+                return _apply_function(loss, options, float32_loss, True, *tensors)
+    return loss.forward(*tensors, *options, float32_loss, _ops.KEEP_NOTHING)[0]
 
 
 class _Function(torch.autograd.Function):
+    """Two ways to the gradient of the input.
+
+    Where it is the only one asked for, and the loss one number, the forward writes it at once, for an incoming gradient
+    of 1: one read of the logits less. That is the usual call, ``loss(...).backward()``. For another one it is written
+    again, which costs what the other way costs. Otherwise, and where a tracer looks on (which would copy
+    what is written in place), the forward keeps statistics and the backward reads the input again.
+    """
+
     # `forward(ctx, ...)` instead of `setup_context`: half the time per call, and no transform comes through this door.
     @staticmethod
-    def forward(ctx: Any, loss: Loss, options: tuple[Any, ...], float32_loss: bool, *tensors: Tensor | None) -> Tensor:
-        result, statistics = loss.forward(*tensors, *options, float32_loss, True)
-        ctx.save_for_backward(*tensors, statistics)
+    def forward(
+        ctx: Any, loss: Loss, options: tuple[Any, ...], float32_loss: bool, eager: bool, *tensors: Tensor | None
+    ) -> Tensor:
         ctx.loss = loss
         ctx.options = options
+        if eager and ctx.needs_input_grad == _ONLY_INPUT and loss.can_keep_gradient(tensors, options):
+            result, ctx.gradient = loss.forward(*tensors, *options, float32_loss, _ops.KEEP_GRADIENT)
+            ctx.save_for_backward(*tensors)
+        else:
+            result, statistics = loss.forward(*tensors, *options, float32_loss, _ops.KEEP_STATISTICS)
+            ctx.save_for_backward(*tensors, statistics)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return None, None, None, *_gradients(ctx.loss, ctx.options, ctx.saved_tensors, grad, ctx.needs_input_grad[3:])
+        return *_NONES, *_Function.gradients(ctx, grad, ctx.needs_input_grad[_LOSS_ARGUMENTS:])
+
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor, wanted: tuple[bool, ...]) -> list[Tensor | None]:
+        loss, options, saved = ctx.loss, ctx.options, ctx.saved_tensors
+        # A transform or a tangent may also meet a graph that was built before: in the incoming gradient.
+        if torch.is_grad_enabled() or _transforms_active() or forward_ad._current_level >= 0:
+            return _formula_gradients(loss, options, saved[:_TENSORS], grad, wanted)
+        if len(saved) == _TENSORS:
+            if not _is_legacy_batched(grad):
+                # Handed over, not lent: what becomes .grad must not be changed by a second backward.
+                gradient, ctx.gradient = ctx.gradient, None
+                if gradient is None:
+                    gradient = loss.forward(*saved, *options, False, _ops.KEEP_GRADIENT)[1]
+                loss.rescale(gradient, grad, *saved, *options)
+                return [gradient, None, None]
+            # torch.autograd.grad(is_grads_batched=True) runs an op once for each, but none that writes in place.
+            saved = (*saved, loss.forward(*saved, *options, False, _ops.KEEP_STATISTICS)[1])
+        return [
+            loss.backward(grad, *saved, *options, operand) if needed else None for operand, needed in enumerate(wanted)
+        ]
 
 
 _apply_function: Callable[..., Tensor] = _Function.apply
 
 
-def _gradients(
-    loss: Loss, options: tuple[Any, ...], saved: Tensors, grad: Tensor, wanted: tuple[bool, ...]
-) -> list[Tensor | None]:
-    """Gradients of the tensors that are wanted, None for the others. saved: tensors, then statistics."""
-    # A transform or a tangent may also meet a graph that was built before: in the incoming gradient.
-    if torch.is_grad_enabled() or _transforms_active() or forward_ad._current_level >= 0:
-        return _formula_gradients(loss, options, saved[:-1], grad, wanted)
-    return [loss.backward(grad, *saved, *options, operand) if needed else None for operand, needed in enumerate(wanted)]
-
-
 def _formula_gradients(
     loss: Loss, options: tuple[Any, ...], tensors: Tensors, grad: Tensor, wanted: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """The same by the reference formula: can be differentiated again (``create_graph=True``) and transformed."""
+    """Gradients of the tensors that are wanted, None for the others, by the reference formula.
+
+    They can be differentiated again (``create_graph=True``) and transformed.
+    """
 
     # A function of its operands alone: a target that was computed from the input does not lend the input its gradient.
     def value_of(*operands: Tensor) -> Tensor:
@@ -124,7 +160,7 @@ def _kernel_of_public_op(loss: Loss) -> Callable[..., Tensor]:
         if _transforms_active() or forward_ad._current_level >= 0:
             return loss.reference(*tensors, *options)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-            return _apply_function(loss, options, float32_loss, *tensors)
+            return _apply_function(loss, options, float32_loss, False, *tensors)
         with torch._C._AutoDispatchBelowAutograd():
             return loss.public(*arguments)
 
@@ -187,10 +223,20 @@ CROSS_ENTROPY = Loss(
     "cross_entropy",
     _ops.cross_entropy,
     _ops.cross_entropy_forward,
+    _ops.cross_entropy_rescale,
     _cross_entropy_backward,
+    lambda tensors, options: options[1] != _ops.NONE,
     _reference_cross_entropy,
 )
-MSE_LOSS = Loss("mse_loss", _ops.mse_loss, _ops.mse_loss_forward, _ops.mse_loss_backward, _reference_mse_loss)
+MSE_LOSS = Loss(
+    "mse_loss",
+    _ops.mse_loss,
+    _ops.mse_loss_forward,
+    _ops.mse_loss_rescale,
+    _ops.mse_loss_backward,
+    lambda tensors, options: options[0] != _ops.NONE and tensors[2] is None,
+    _reference_mse_loss,
+)
 
 _library = torch.library.Library("fusedloss", "FRAGMENT")  # holds the registrations: they end with it
 for _loss in (CROSS_ENTROPY, MSE_LOSS):

@@ -17,12 +17,15 @@ from fusedloss import _C  # after torch, whose libraries it needs
 
 cross_entropy: Callable[..., Tensor] = torch.ops.fusedloss.cross_entropy.default
 cross_entropy_forward: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fusedloss._cross_entropy_forward.default
+cross_entropy_rescale: Callable[..., None] = torch.ops.fusedloss._cross_entropy_rescale_.default
 cross_entropy_backward: Callable[..., Tensor] = torch.ops.fusedloss._cross_entropy_backward.default
 mse_loss: Callable[..., Tensor] = torch.ops.fusedloss.mse_loss.default
 mse_loss_forward: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fusedloss._mse_loss_forward.default
+mse_loss_rescale: Callable[..., None] = torch.ops.fusedloss._mse_loss_rescale_.default
 mse_loss_backward: Callable[..., Tensor] = torch.ops.fusedloss._mse_loss_backward.default
 
 NONE, MEAN, SUM = 0, 1, 2  # torch's numbering of `reduction`
+KEEP_NOTHING, KEEP_STATISTICS, KEEP_GRADIENT = 0, 1, 2  # what a forward op gives as its second result
 
 
 def show_config() -> str:
@@ -111,6 +114,10 @@ def _dense_strides(tensor: Tensor) -> list[Any]:
     return strides
 
 
+def _like_logits(input: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(list(input.shape), _logit_strides(input), dtype=dtype, device=input.device)
+
+
 def _promote(*tensors: Tensor | None) -> torch.dtype:
     given = [tensor.dtype for tensor in tensors if tensor is not None]
     dtype = given[0]
@@ -132,14 +139,16 @@ def _cross_entropy_forward_fake(
     reduction: int,
     label_smoothing: float,
     float32_loss: bool,
-    save_statistics: bool,
+    keep: int,
 ) -> tuple[Tensor, Tensor]:
     soft = target.dtype.is_floating_point
     dtype = _loss_dtype(_promote(input, target if soft else None), float32_loss)
     shape = _pixel_shape(input)
     loss = input.new_empty(shape if reduction == NONE else [], dtype=dtype)
+    if keep == KEEP_GRADIENT:
+        return loss, _like_logits(input, input.dtype)
     compute = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return loss, input.new_empty([2 * math.prod(shape) + 1 if save_statistics else 0], dtype=compute)
+    return loss, input.new_empty([2 * math.prod(shape) + 2 if keep == KEEP_STATISTICS else 0], dtype=compute)
 
 
 @torch.library.register_fake("fusedloss::_cross_entropy_backward")
@@ -154,8 +163,7 @@ def _cross_entropy_backward_fake(
     label_smoothing: float,
     operand: int,
 ) -> Tensor:
-    dtype = input.dtype if operand == 0 else target.dtype
-    return torch.empty_strided(list(input.shape), _logit_strides(input), dtype=dtype, device=input.device)
+    return _like_logits(input, input.dtype if operand == 0 else target.dtype)
 
 
 @torch.library.register_fake("fusedloss::_mse_loss_forward")
@@ -165,14 +173,18 @@ def _mse_loss_forward_fake(
     weight: Tensor | None,
     reduction: int,
     float32_loss: bool,
-    save_statistics: bool,
+    keep: int,
 ) -> tuple[Tensor, Tensor]:
     dtype = _loss_dtype(_promote(input, target, weight), float32_loss)
     if reduction == NONE:
         loss = torch.empty_strided(list(input.shape), _dense_strides(input), dtype=dtype, device=input.device)
     else:
         loss = input.new_empty([], dtype=dtype)
-    kept = 2 if save_statistics and weight is not None and reduction == MEAN else 0
+    if keep == KEEP_GRADIENT:
+        return loss, torch.empty_strided(
+            list(input.shape), _dense_strides(input), dtype=input.dtype, device=input.device
+        )
+    kept = 2 if keep == KEEP_STATISTICS and weight is not None and reduction == MEAN else 0
     return loss, input.new_empty([kept], dtype=torch.float64)
 
 
@@ -191,13 +203,19 @@ def _mse_loss_backward_fake(
     return torch.empty_strided(list(wanted.shape), _dense_strides(wanted), dtype=wanted.dtype, device=wanted.device)
 
 
+@torch.library.register_fake("fusedloss::_cross_entropy_rescale_")
+@torch.library.register_fake("fusedloss::_mse_loss_rescale_")
+def _rescale_fake(*arguments: Any) -> None:
+    pass
+
+
 @torch.library.register_fake("fusedloss::cross_entropy")
 def _cross_entropy_fake(*arguments: Any) -> Tensor:
-    loss: Tensor = _cross_entropy_forward_fake(*arguments, False)[0]
+    loss: Tensor = _cross_entropy_forward_fake(*arguments, KEEP_NOTHING)[0]
     return loss
 
 
 @torch.library.register_fake("fusedloss::mse_loss")
 def _mse_loss_fake(*arguments: Any) -> Tensor:
-    loss: Tensor = _mse_loss_forward_fake(*arguments, False)[0]
+    loss: Tensor = _mse_loss_forward_fake(*arguments, KEEP_NOTHING)[0]
     return loss

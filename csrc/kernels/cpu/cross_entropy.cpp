@@ -74,134 +74,160 @@ Classes<A> classes_of(const CrossEntropyParams& params) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Forward
+// A block of pixels
 
-// The sums over the classes for `count` pixels from (sample, pixel) on.
-template <Labels kLabels, class T, class Y>
-void visit_forward(const CrossEntropyParams& params, Visit visit, const Classes<ComputeType<T>>& classes,
-                   int64_t sample, int64_t pixel, int count, BlockSums<ComputeType<T>>& sums) {
-  using A = ComputeType<T>;
-  const T* z = static_cast<const T*>(params.input) + offset_of(params.input_layout, sample, pixel);
-  const Y* y = nullptr;
-  if constexpr (kLabels == Labels::kSoft) {
-    y = static_cast<const Y*>(params.target) + offset_of(params.target_layout, sample, pixel);
-  }
-  switch (visit) {
-    case Visit::kStrided:
-      forward_tile<kLabels>(classes, z, params.input_layout.class_stride, y, params.target_layout.class_stride, count,
-                            sums);
-      break;
-    case Visit::kTransposed: {
-      Tile<A> z_tile;
-      rows_to_tile(z, params.input_layout.pixel_stride, count, classes.count, z_tile.values, kTileStride<A>);
-      if constexpr (kLabels == Labels::kSoft) {
-        Tile<A> y_tile;
-        rows_to_tile(y, params.target_layout.pixel_stride, count, classes.count, y_tile.values, kTileStride<A>);
-        forward_tile<kLabels>(classes, z_tile.values, kTileStride<A>, y_tile.values, kTileStride<A>, count, sums);
-      } else {
-        forward_tile<kLabels>(classes, z_tile.values, kTileStride<A>, y, 0, count, sums);
-      }
-      break;
-    }
-    case Visit::kRows:
-      for (int i = 0; i < count; ++i) {
-        forward_row<kLabels>(classes, z + i * params.input_layout.pixel_stride,
-                             kLabels == Labels::kSoft ? y + i * params.target_layout.pixel_stride : y, i, sums);
-      }
-  }
+// Pixels visited before the next visit to the same ones: few enough that their logits stay in the L2 cache.
+template <class A>
+int block_pixels(const CrossEntropyParams& params, Visit visit) {
+  constexpr int64_t kCachedBytes = 128 << 10;
+  const int64_t fit = kCachedBytes / (params.classes * static_cast<int64_t>(sizeof(A)));
+  if (fit >= kBlock<A>) return kBlock<A>;
+  if (visit == Visit::kRows) return fit > 1 ? static_cast<int>(fit) : 1;
+  // Less than this of each class row is not worth the row's own cache and page table misses.
+  constexpr int64_t least = kBlock<A> / 2;
+  return static_cast<int>(fit > least ? fit / least * least : least);
 }
 
-// The weight and the logit (relative to the maximum) of each pixel's label; 0 and 0 where it is ignored.
-template <class T>
-void read_labelled(const CrossEntropyParams& params, const Classes<ComputeType<T>>& classes, int64_t sample,
-                   int64_t pixel, int count, const math::Bits<ComputeType<T>>* label, const ComputeType<T>* maximum,
-                   ComputeType<T>* label_weight, ComputeType<T>* label_logit) {
-  using A = ComputeType<T>;
-  const T* z = static_cast<const T*>(params.input) + offset_of(params.input_layout, sample, pixel);
-  for (int i = 0; i < count; ++i) {
-    const int64_t c = label[i];
-    label_weight[i] = c < 0 ? A(0) : classes.weight_of(c);
-    label_logit[i] =
-        c < 0 ? A(0)
-              : load_one(z + i * params.input_layout.pixel_stride + c * params.input_layout.class_stride) - maximum[i];
-  }
-}
-
+// Some pixels of one sample, and the way through memory to them.
 template <Labels kLabels, class T, class Y>
-CrossEntropyPartial forward_chunk(const CrossEntropyParams& params, Visit visit, const Classes<ComputeType<T>>& classes,
-                                  const Chunk& chunk) {
+class Block {
+ public:
   using A = ComputeType<T>;
-  using V = Vector<A>;
-  using B = math::Bits<A>;
-  CrossEntropyPartial partial{0.0, 0.0, -1};
-  const math::Smoothing<V> smoothing{splat<V>(classes.smoothing.label), splat<V>(classes.smoothing.every)};
-  const V weight_sum = splat<V>(static_cast<A>(params.weight_sum));
 
-  for (int64_t done = 0; done < chunk.count; done += kBlock<A>) {
-    const int count = static_cast<int>(chunk.count - done < kBlock<A> ? chunk.count - done : kBlock<A>);
-    const int64_t pixel = chunk.first + done;
-    const int64_t flat = chunk.sample * params.pixels + pixel;
+  const int count;     // at most kBlock
+  const int64_t flat;  // position of the first pixel in (N, S)
 
-    BlockSums<A> sums;
-    visit_forward<kLabels, T, Y>(params, visit, classes, chunk.sample, pixel, count, sums);
-
-    // Lanes past `count` are computed on zeros and thrown away.
-    alignas(64) A log_sum[kBlock<A>], loss[kBlock<A>], label_weight[kBlock<A>], label_logit[kBlock<A>];
-    alignas(64) B label[kBlock<A>];
-    if constexpr (kLabels != Labels::kSoft) {
-      const int64_t bad =
-          read_labels(params.target, params.target_dtype, flat, count, params.ignore_index, params.classes, label);
-      if (partial.bad_label < 0) partial.bad_label = bad;
-      read_labelled<T>(params, classes, chunk.sample, pixel, count, label, sums.maximum, label_weight, label_logit);
-      for (int i = count; i < (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>; ++i) {
-        label[i] = -1;
-        label_weight[i] = label_logit[i] = 0;
+  Block(const CrossEntropyParams& params, Visit visit, const Classes<A>& classes, const Chunk& chunk, int64_t done,
+        int most)
+      : count(static_cast<int>(chunk.count - done < most ? chunk.count - done : most)),
+        flat(chunk.sample * params.pixels + chunk.first + done),
+        params_(params),
+        visit_(visit),
+        classes_(classes),
+        sample_(chunk.sample),
+        pixel_(chunk.first + done),
+        z_(static_cast<const T*>(params.input) + offset_of(params.input_layout, sample_, pixel_)) {
+    if constexpr (kLabels == Labels::kSoft) {
+      y_ = static_cast<const Y*>(params.target) + offset_of(params.target_layout, sample_, pixel_);
+    }
+    if (visit == Visit::kTransposed) {
+      rows_to_tile(z_, params.input_layout.pixel_stride, count, classes.count, z_tile_.values, kTileStride<A>);
+      if constexpr (kLabels == Labels::kSoft) {
+        rows_to_tile(y_, params.target_layout.pixel_stride, count, classes.count, y_tile_.values, kTileStride<A>);
       }
     }
-    V block_loss = {}, block_weight = {};
-    for (int i = 0; i < count; i += kLanes<A>) {
-      const V log_s = math::log<V>(load(sums.sum + i));
-      V a, b;
-      if constexpr (kLabels == Labels::kSoft) {
-        a = load(sums.a + i);
-        b = load(sums.b + i);
-      } else {
-        const V w = load(label_weight + i);
-        const V logit = load(label_logit + i);
-        if constexpr (kLabels == Labels::kIndexSmoothed) {
-          a = math::index_label_a<V>(smoothing, w, weight_sum);
-          b = math::index_label_b<V>(smoothing, w, logit, load(sums.b + i));
+  }
+
+  A logit(int i, int64_t c) const {
+    return load_one(z_ + i * params_.input_layout.pixel_stride + c * params_.input_layout.class_stride);
+  }
+
+  // The sums over the classes.
+  void forward(BlockSums<A>& sums) const {
+    switch (visit_) {
+      case Visit::kStrided:
+        forward_tile<kLabels>(classes_, z_, params_.input_layout.class_stride, y_, params_.target_layout.class_stride,
+                              count, sums);
+        break;
+      case Visit::kTransposed:
+        if constexpr (kLabels == Labels::kSoft) {
+          forward_tile<kLabels>(classes_, z_tile_.values, kTileStride<A>, y_tile_.values, kTileStride<A>, count, sums);
         } else {
-          a = w;
-          b = w * logit;
+          forward_tile<kLabels>(classes_, z_tile_.values, kTileStride<A>, y_, 0, count, sums);
         }
-        block_weight += w;
-      }
-      V value = math::cross_entropy<V>(a, b, log_s);
-      if constexpr (kLabels != Labels::kSoft) {
-        const auto labels = *reinterpret_cast<const typename VectorOf<B>::Memory*>(label + i);
-        value = labels < B(0) ? V{} : value;
-      } else if (i + kLanes<A> > count) {
-        for (int lane = count - i; lane < kLanes<A>; ++lane) value[lane] = 0;
-      }
-      store(log_sum + i, log_s);
-      store(loss + i, value);
-      block_loss += value;
+        break;
+      case Visit::kRows:
+        for (int i = 0; i < count; ++i) forward_row<kLabels>(classes_, row(i), label_row(i), i, sums);
     }
-    partial.loss += sum_lanes<A>(block_loss);
-    partial.weight += kLabels == Labels::kSoft ? count : sum_lanes<A>(block_weight);
-
-    if (params.maximum != nullptr) {
-      __builtin_memcpy(static_cast<A*>(params.maximum) + flat, sums.maximum, sizeof(A) * count);
-      __builtin_memcpy(static_cast<A*>(params.log_sum) + flat, log_sum, sizeof(A) * count);
-    }
-    if (params.loss != nullptr) write_numbers<A>(params.loss, params.loss_dtype, flat, 1, count, loss);
   }
-  return partial;
-}
+
+  // Writes the gradient. masked: an ignored pixel's probabilities may be NaN. Uses up the logits of a transposed tile.
+  void backward(const BlockGradients<A>& pixels, bool masked, bool stream) {
+    T* gradient = static_cast<T*>(params_.gradient) + offset_of(params_.gradient_layout, sample_, pixel_);
+    const int64_t z_stride = params_.input_layout.class_stride;
+    const int64_t gradient_stride = params_.gradient_layout.class_stride;
+    constexpr bool can_mask = kLabels != Labels::kSoft;
+    switch (visit_) {
+      case Visit::kStrided: {
+        const int64_t y_stride = params_.target_layout.class_stride;
+        if (masked) {
+          backward_tile<kLabels, can_mask, false>(classes_, z_, z_stride, y_, y_stride, count, pixels, gradient,
+                                                  gradient_stride);
+        } else if (stream && streaming_aligned(gradient)) {
+          backward_tile<kLabels, false, kCanStream>(classes_, z_, z_stride, y_, y_stride, count, pixels, gradient,
+                                                    gradient_stride);
+        } else {
+          backward_tile<kLabels, false, false>(classes_, z_, z_stride, y_, y_stride, count, pixels, gradient,
+                                               gradient_stride);
+        }
+        break;
+      }
+      case Visit::kTransposed: {
+        A* tile = z_tile_.values;  // logits, then their gradient in the same place
+        if constexpr (kLabels == Labels::kSoft) {
+          backward_tile<kLabels, false, false>(classes_, tile, kTileStride<A>, y_tile_.values, kTileStride<A>, count,
+                                               pixels, tile, kTileStride<A>);
+        } else {
+          backward_tile<kLabels, true, false>(classes_, tile, kTileStride<A>, y_, 0, count, pixels, tile,
+                                              kTileStride<A>);
+        }
+        tile_to_rows(tile, kTileStride<A>, count, classes_.count, gradient, params_.gradient_layout.pixel_stride);
+        break;
+      }
+      case Visit::kRows:
+        for (int i = 0; i < count; ++i) {
+          T* gradient_row = gradient + i * params_.gradient_layout.pixel_stride;
+          if (stream && streaming_aligned(gradient_row)) {
+            backward_row<kLabels, kCanStream>(classes_, row(i), label_row(i), i, pixels, gradient_row);
+          } else {
+            backward_row<kLabels, false>(classes_, row(i), label_row(i), i, pixels, gradient_row);
+          }
+        }
+    }
+  }
+
+ private:
+  const T* row(int i) const { return z_ + i * params_.input_layout.pixel_stride; }
+  const Y* label_row(int i) const {
+    return kLabels == Labels::kSoft ? y_ + i * params_.target_layout.pixel_stride : nullptr;
+  }
+
+  const CrossEntropyParams& params_;
+  const Visit visit_;
+  const Classes<A>& classes_;
+  const int64_t sample_;
+  const int64_t pixel_;
+  const T* const z_;
+  const Y* y_ = nullptr;
+  Tile<A> z_tile_;
+  Tile<A> y_tile_;
+};
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Backward
+// What is said of each pixel
+
+// Pixels up to the end of the last vector: those past `count` count as ignored.
+template <class A>
+int padded(int count) {
+  return (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+
+// The labels of a block, and the weight of each: 0 where it is ignored.
+template <class A>
+struct alignas(64) BlockLabels {
+  math::Bits<A> label[kBlock<A>];  // class, or -1
+  A weight[kBlock<A>];
+  int64_t bad;  // position of the first label that is neither ignored nor a class, or -1
+
+  void read(const CrossEntropyParams& params, const Classes<A>& classes, int64_t flat, int count) {
+    bad = read_labels(params.target, params.target_dtype, flat, count, params.ignore_index, params.classes, label);
+    for (int i = 0; i < count; ++i) weight[i] = label[i] < 0 ? A(0) : classes.weight_of(label[i]);
+    for (int i = count; i < padded<A>(count); ++i) {
+      label[i] = -1;
+      weight[i] = 0;
+    }
+  }
+};
 
 // Incoming gradient of `count` pixels.
 template <class A>
@@ -215,101 +241,155 @@ void read_pixel_gradient(const CrossEntropyParams& params, int64_t flat, int cou
   for (int i = 0; i < count; ++i) g[i] *= scale;
 }
 
-// Everything the visits need to know of the block's pixels. True where an ignored pixel's probabilities are not finite,
-// so that its gradient has to be put to zero by hand.
+// Everything that the visits need to know of the block's pixels. True where an ignored pixel's probabilities are not
+// finite, so that its gradient has to be put to zero by hand.
+// maximum, log_sum: (count); labels: of index labels.
 template <Labels kLabels, class A>
-bool read_block(const CrossEntropyParams& params, const Classes<A>& classes, int64_t flat, int count,
-                BlockGradients<A>& pixels) {
+bool prepare_gradients(const CrossEntropyParams& params, const Classes<A>& classes, int64_t flat, int count,
+                       const A* maximum, const A* log_sum, const BlockLabels<A>& labels, BlockGradients<A>& pixels) {
   bool masked = false;
-  const A* maximum = static_cast<const A*>(params.maximum) + flat;
-  const A* log_sum = static_cast<const A*>(params.log_sum) + flat;
   read_pixel_gradient<A>(params, flat, count, pixels.g);
   for (int i = 0; i < count; ++i) {
     pixels.maximum[i] = maximum[i];
     pixels.log2_sum[i] = log_sum[i] * math::Constants<A>::log2_e;
   }
   if constexpr (kLabels != Labels::kSoft) {
-    read_labels(params.target, params.target_dtype, flat, count, params.ignore_index, params.classes, pixels.label);
     const A weight_sum = static_cast<A>(params.weight_sum);
+    int masked_count = 0;
     for (int i = 0; i < count; ++i) {
-      const bool ignored = pixels.label[i] < 0;
-      const A w = ignored ? A(0) : classes.weight_of(pixels.label[i]);
+      const bool ignored = labels.label[i] < 0;
+      const A w = labels.weight[i];
       const A g = ignored ? A(0) : pixels.g[i];
       const bool finite = log_sum[i] - log_sum[i] == A(0);
-      masked |= ignored && !finite;
+      masked_count += ignored && !finite;
+      pixels.label[i] = labels.label[i];
       pixels.g[i] = g;
       pixels.g_times_a[i] =
           g * (kLabels == Labels::kIndex ? w : math::index_label_a<A>(classes.smoothing, w, weight_sum));
       pixels.g_times_label[i] = g * classes.smoothing.label * w;
     }
+    masked = masked_count > 0;
   }
-  for (int i = count; i < (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>; ++i) {
+  for (int i = count; i < padded<A>(count); ++i) {
     pixels.maximum[i] = pixels.log2_sum[i] = pixels.g[i] = pixels.g_times_a[i] = pixels.g_times_label[i] = 0;
     pixels.label[i] = -1;
   }
   return masked;
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward
+
+template <Labels kLabels, class T, class Y>
+CrossEntropyPartial forward_chunk(const CrossEntropyParams& params, Visit visit, const Classes<ComputeType<T>>& classes,
+                                  const Chunk& chunk, bool stream) {
+  using A = ComputeType<T>;
+  using V = Vector<A>;
+  using B = math::Bits<A>;
+  CrossEntropyPartial partial{0.0, 0.0, -1};
+  const math::Smoothing<V> smoothing{splat<V>(classes.smoothing.label), splat<V>(classes.smoothing.every)};
+  const V weight_sum = splat<V>(static_cast<A>(params.weight_sum));
+  const int most = block_pixels<A>(params, visit);
+
+  for (int64_t done = 0; done < chunk.count; done += most) {
+    Block<kLabels, T, Y> block(params, visit, classes, chunk, done, most);
+    const int count = block.count;
+    BlockSums<A> sums;
+    block.forward(sums);
+
+    // Lanes past `count` are computed on whatever is there and thrown away.
+    alignas(64) A log_sum[kBlock<A>], loss[kBlock<A>], label_logit[kBlock<A>];
+    BlockLabels<A> labels;
+    if constexpr (kLabels != Labels::kSoft) {
+      labels.read(params, classes, block.flat, count);
+      if (partial.bad_label < 0) partial.bad_label = labels.bad;
+      for (int i = 0; i < count; ++i) {
+        label_logit[i] = labels.label[i] < 0 ? A(0) : block.logit(i, labels.label[i]) - sums.maximum[i];
+      }
+    }
+    V block_loss = {}, block_weight = {};
+    for (int i = 0; i < count; i += kLanes<A>) {
+      const V log_s = math::log<V>(load(sums.sum + i));
+      V a, b;
+      if constexpr (kLabels == Labels::kSoft) {
+        a = load(sums.a + i);
+        b = load(sums.b + i);
+      } else {
+        const V w = load(labels.weight + i);
+        const V logit = load(label_logit + i);
+        if constexpr (kLabels == Labels::kIndexSmoothed) {
+          a = math::index_label_a<V>(smoothing, w, weight_sum);
+          b = math::index_label_b<V>(smoothing, w, logit, load(sums.b + i));
+        } else {
+          a = w;
+          b = w * logit;
+        }
+        block_weight += w;
+      }
+      V value = math::cross_entropy<V>(a, b, log_s);
+      if constexpr (kLabels != Labels::kSoft) {
+        const auto label = *reinterpret_cast<const typename VectorOf<B>::Memory*>(labels.label + i);
+        value = label < B(0) ? V{} : value;
+      } else if (i + kLanes<A> > count) {
+        for (int lane = count - i; lane < kLanes<A>; ++lane) value[lane] = 0;
+      }
+      store(log_sum + i, log_s);
+      store(loss + i, value);
+      block_loss += value;
+    }
+    partial.loss += sum_lanes<A>(block_loss);
+    partial.weight += kLabels == Labels::kSoft ? count : sum_lanes<A>(block_weight);
+
+    if (params.maximum != nullptr) {
+      __builtin_memcpy(static_cast<A*>(params.maximum) + block.flat, sums.maximum, sizeof(A) * count);
+      __builtin_memcpy(static_cast<A*>(params.log_sum) + block.flat, log_sum, sizeof(A) * count);
+    }
+    if (params.loss != nullptr) write_numbers<A>(params.loss, params.loss_dtype, block.flat, 1, count, loss);
+    if (params.gradient != nullptr) {
+      BlockGradients<A> pixels;
+      const bool masked =
+          prepare_gradients<kLabels, A>(params, classes, block.flat, count, sums.maximum, log_sum, labels, pixels);
+      block.backward(pixels, masked, stream);
+    }
+  }
+  if (stream) streaming_fence();
+  return partial;
+}
+
+// The divisor of the mean alone, for a forward that writes the gradient too and so has to know it first.
+template <class A>
+CrossEntropyPartial label_weight_chunk(const CrossEntropyParams& params, const Classes<A>& classes,
+                                       const Chunk& chunk) {
+  CrossEntropyPartial partial{0.0, 0.0, -1};
+  for (int64_t done = 0; done < chunk.count; done += kBlock<A>) {
+    const int count = static_cast<int>(chunk.count - done < kBlock<A> ? chunk.count - done : kBlock<A>);
+    BlockLabels<A> labels;
+    labels.read(params, classes, chunk.sample * params.pixels + chunk.first + done, count);
+    if (partial.bad_label < 0) partial.bad_label = labels.bad;
+    Vector<A> sum = {};
+    for (int i = 0; i < count; i += kLanes<A>) sum += load(labels.weight + i);
+    partial.weight += sum_lanes<A>(sum);
+  }
+  return partial;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward
+
 template <Labels kLabels, class T, class Y>
 void backward_chunk(const CrossEntropyParams& params, Visit visit, const Classes<ComputeType<T>>& classes,
                     const Chunk& chunk, bool stream) {
   using A = ComputeType<T>;
-  for (int64_t done = 0; done < chunk.count; done += kBlock<A>) {
-    const int count = static_cast<int>(chunk.count - done < kBlock<A> ? chunk.count - done : kBlock<A>);
-    const int64_t pixel = chunk.first + done;
+  const int most = block_pixels<A>(params, visit);
+  for (int64_t done = 0; done < chunk.count; done += most) {
+    Block<kLabels, T, Y> block(params, visit, classes, chunk, done, most);
+    BlockLabels<A> labels;
+    if constexpr (kLabels != Labels::kSoft) labels.read(params, classes, block.flat, block.count);
     BlockGradients<A> pixels;
-    const bool masked = read_block<kLabels, A>(params, classes, chunk.sample * params.pixels + pixel, count, pixels);
-
-    const T* z = static_cast<const T*>(params.input) + offset_of(params.input_layout, chunk.sample, pixel);
-    T* gradient = static_cast<T*>(params.gradient) + offset_of(params.gradient_layout, chunk.sample, pixel);
-    const int64_t z_stride = params.input_layout.class_stride;
-    const int64_t gradient_stride = params.gradient_layout.class_stride;
-    const Y* y = nullptr;
-    int64_t y_stride = 0;
-    if constexpr (kLabels == Labels::kSoft) {
-      y = static_cast<const Y*>(params.target) + offset_of(params.target_layout, chunk.sample, pixel);
-      y_stride = params.target_layout.class_stride;
-    }
-    switch (visit) {
-      case Visit::kStrided:
-        if (masked) {
-          backward_tile<kLabels, kLabels != Labels::kSoft, false>(classes, z, z_stride, y, y_stride, count, pixels,
-                                                                  gradient, gradient_stride);
-        } else if (stream && streaming_aligned(gradient)) {
-          backward_tile<kLabels, false, kCanStream>(classes, z, z_stride, y, y_stride, count, pixels, gradient,
-                                                    gradient_stride);
-        } else {
-          backward_tile<kLabels, false, false>(classes, z, z_stride, y, y_stride, count, pixels, gradient,
-                                               gradient_stride);
-        }
-        break;
-      case Visit::kTransposed: {
-        Tile<A> tile;  // logits, then their gradient in the same place
-        rows_to_tile(z, params.input_layout.pixel_stride, count, classes.count, tile.values, kTileStride<A>);
-        if constexpr (kLabels == Labels::kSoft) {
-          Tile<A> y_tile;
-          rows_to_tile(y, params.target_layout.pixel_stride, count, classes.count, y_tile.values, kTileStride<A>);
-          backward_tile<kLabels, false, false>(classes, tile.values, kTileStride<A>, y_tile.values, kTileStride<A>,
-                                               count, pixels, tile.values, kTileStride<A>);
-        } else {
-          backward_tile<kLabels, true, false>(classes, tile.values, kTileStride<A>, y, 0, count, pixels, tile.values,
-                                              kTileStride<A>);
-        }
-        tile_to_rows(tile.values, kTileStride<A>, count, classes.count, gradient, params.gradient_layout.pixel_stride);
-        break;
-      }
-      case Visit::kRows:
-        for (int i = 0; i < count; ++i) {
-          const T* row = z + i * params.input_layout.pixel_stride;
-          const Y* label_row = kLabels == Labels::kSoft ? y + i * params.target_layout.pixel_stride : y;
-          T* gradient_row = gradient + i * params.gradient_layout.pixel_stride;
-          if (stream && streaming_aligned(gradient_row)) {
-            backward_row<kLabels, kCanStream>(classes, row, label_row, i, pixels, gradient_row);
-          } else {
-            backward_row<kLabels, false>(classes, row, label_row, i, pixels, gradient_row);
-          }
-        }
-    }
+    const bool masked = prepare_gradients<kLabels, A>(
+        params, classes, block.flat, block.count, static_cast<const A*>(params.maximum) + block.flat,
+        static_cast<const A*>(params.log_sum) + block.flat, labels, pixels);
+    block.backward(pixels, masked, stream);
   }
   if (stream) streaming_fence();
 }
@@ -369,10 +449,32 @@ FUSEDLOSS_HOST_DEVICE void with_types(const CrossEntropyParams& params, F f) {
   });
 }
 
+// Is the gradient written past the caches? A small one is better left there for whoever reads it next.
+template <class T>
+bool streams(const CrossEntropyParams& params, Visit visit) {
+  const int64_t bytes = params.samples * params.classes * params.pixels * static_cast<int64_t>(sizeof(T));
+  const int64_t vector_bytes = static_cast<int64_t>(sizeof(T)) * kLanes<ComputeType<T>>;
+  const bool rows_aligned = visit == Visit::kRows ||
+                            params.gradient_layout.class_stride * static_cast<int64_t>(sizeof(T)) % vector_bytes == 0;
+  return kCanStream && bytes >= kStreamingBytes && rows_aligned;
+}
+
 template <class P>
 using Pointee = std::remove_pointer_t<P>;
 
 }  // namespace
+
+void cross_entropy_label_weights(const CrossEntropyParams& params, int64_t begin, int64_t end,
+                                 CrossEntropyPartial* partials) {
+  const auto run = [&](const auto& classes) {
+    for (int64_t i = begin; i < end; ++i) partials[i] = label_weight_chunk(params, classes, Chunk(params, i));
+  };
+  if (params.input_dtype == DType::kFloat64) {
+    run(classes_of<double>(params));
+  } else {
+    run(classes_of<float>(params));
+  }
+}
 
 void cross_entropy_forward(const CrossEntropyParams& params, int64_t begin, int64_t end,
                            CrossEntropyPartial* partials) {
@@ -380,8 +482,9 @@ void cross_entropy_forward(const CrossEntropyParams& params, int64_t begin, int6
   with_types(params, [&](auto labels, auto* t, auto* y) {
     using T = Pointee<decltype(t)>;
     const auto classes = classes_of<ComputeType<T>>(params);
+    const bool stream = params.gradient != nullptr && streams<T>(params, visit);
     for (int64_t i = begin; i < end; ++i) {
-      partials[i] = forward_chunk<labels(), T, Pointee<decltype(y)>>(params, visit, classes, Chunk(params, i));
+      partials[i] = forward_chunk<labels(), T, Pointee<decltype(y)>>(params, visit, classes, Chunk(params, i), stream);
     }
   });
 }
@@ -390,13 +493,8 @@ void cross_entropy_backward(const CrossEntropyParams& params, int64_t begin, int
   const Visit visit = choose_visit(params);
   with_types(params, [&](auto labels, auto* t, auto* y) {
     using T = Pointee<decltype(t)>;
-    using A = ComputeType<T>;
-    // A small gradient is better left in the cache for whoever reads it next.
-    const int64_t bytes = params.samples * params.classes * params.pixels * static_cast<int64_t>(sizeof(T));
-    const bool rows_aligned =
-        visit == Visit::kRows || params.gradient_layout.class_stride * sizeof(T) % (sizeof(T) * kLanes<A>) == 0;
-    const bool stream = kCanStream && bytes >= kStreamingBytes && rows_aligned;
-    const auto classes = classes_of<A>(params);
+    const auto classes = classes_of<ComputeType<T>>(params);
+    const bool stream = streams<T>(params, visit);
     for (int64_t i = begin; i < end; ++i) {
       backward_chunk<labels(), T, Pointee<decltype(y)>>(params, visit, classes, Chunk(params, i), stream);
     }

@@ -13,11 +13,14 @@ struct KernelTable {
   const char* level;
 
   // partials: (chunks) of the whole call; those in [begin, end) are written.
+  void (*cross_entropy_label_weights)(const CrossEntropyParams&, int64_t begin, int64_t end,
+                                      CrossEntropyPartial* partials);
   void (*cross_entropy_forward)(const CrossEntropyParams&, int64_t begin, int64_t end, CrossEntropyPartial* partials);
   void (*cross_entropy_backward)(const CrossEntropyParams&, int64_t begin, int64_t end);
   void (*cross_entropy_label_backward)(const CrossEntropyParams&, int64_t begin, int64_t end);
 
   void (*mse_loss_forward)(const MseLossParams&, int64_t begin, int64_t end, MseLossPartial* partials);
+  void (*mse_loss_forward_and_gradient)(const MseLossParams&, int64_t begin, int64_t end, MseLossPartial* partials);
   void (*mse_loss_backward)(const MseLossParams&, int64_t begin, int64_t end);
 };
 

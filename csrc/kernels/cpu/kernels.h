@@ -6,11 +6,14 @@
 
 namespace fusedloss::cpu::FUSEDLOSS_LEVEL {
 
+void cross_entropy_label_weights(const CrossEntropyParams& params, int64_t begin, int64_t end,
+                                 CrossEntropyPartial* partials);
 void cross_entropy_forward(const CrossEntropyParams& params, int64_t begin, int64_t end, CrossEntropyPartial* partials);
 void cross_entropy_backward(const CrossEntropyParams& params, int64_t begin, int64_t end);
 void cross_entropy_label_backward(const CrossEntropyParams& params, int64_t begin, int64_t end);
 
 void mse_loss_forward(const MseLossParams& params, int64_t begin, int64_t end, MseLossPartial* partials);
+void mse_loss_forward_and_gradient(const MseLossParams& params, int64_t begin, int64_t end, MseLossPartial* partials);
 void mse_loss_backward(const MseLossParams& params, int64_t begin, int64_t end);
 
 }  // namespace fusedloss::cpu::FUSEDLOSS_LEVEL

@@ -82,6 +82,59 @@ FUSEDLOSS_HOST_DEVICE void for_elements(int count, Body body) {
   }
 }
 
+// Is the gradient stored where it belongs, or by way of a tile that is converted?
+template <class A>
+bool written_in_place(const MseLossParams& params) {
+  return params.output.dtype == kDTypeOf<A> && params.output.strides[params.dimensions - 1] == 1;
+}
+
+// Is it written past the caches? A small one is better left there for whoever reads it next.
+template <class A>
+bool streams(const MseLossParams& params) {
+  return kCanStream && params.elements * static_cast<int64_t>(sizeof(A)) >= kStreamingBytes;
+}
+
+// sum (x - y)^2 of a run, and with kGradient the gradient of x into `out`. Four independent sums hide the latency of an
+// addition.
+template <class A, bool kGradient>
+double visit_run(const A* x, const A* y, int count, Vector<A> twice_g, bool stream, A* out) {
+  using V = Vector<A>;
+  constexpr int lanes = kLanes<A>;
+  V sums[4] = {};
+  int i = 0;
+  for (; i + 4 * lanes <= count; i += 4 * lanes) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const V input = load<A>(x + i + v * lanes);
+      const V target = load<A>(y + i + v * lanes);
+      sums[v] += math::squared_error<V>(input, target);
+      if constexpr (kGradient) {
+        const V gradient = math::squared_error_gradient<V>(twice_g, input, target);
+        if (stream) {
+          store_streaming<A>(out + i + v * lanes, gradient);
+        } else {
+          store<A>(out + i + v * lanes, gradient);
+        }
+      }
+    }
+  }
+  const int done = i;
+  for_elements<A>(count - done, [&](int at, int n, auto read) {
+    const V input = read(x + done);
+    const V target = read(y + done);
+    sums[0] += math::squared_error<V>(input, target);
+    if constexpr (kGradient) {
+      const V gradient = math::squared_error_gradient<V>(twice_g, input, target);
+      if (n == lanes) {
+        store<A>(out + done + at, gradient);
+      } else {
+        store_partial<A>(out + done + at, gradient, n);
+      }
+    }
+  });
+  return sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
 template <class A>
 MseLossPartial forward_chunk(const MseLossParams& params, int64_t begin, int64_t end) {
   using V = Vector<A>;
@@ -92,18 +145,7 @@ MseLossPartial forward_chunk(const MseLossParams& params, int64_t begin, int64_t
     const A* y = at.read<A>(params.target, count, y_tile);
     const A* w = params.weight.data == nullptr ? nullptr : at.read<A>(params.weight, count, w_tile);
     if (w == nullptr && params.output.data == nullptr) {
-      // Four independent sums hide the latency of an addition.
-      V sums[4] = {};
-      int i = 0;
-      for (; i + 4 * kLanes<A> <= count; i += 4 * kLanes<A>) {
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) {
-          sums[v] += math::squared_error<V>(load<A>(x + i + v * kLanes<A>), load<A>(y + i + v * kLanes<A>));
-        }
-      }
-      for_elements<A>(count - i,
-                      [&](int, int, auto read) { sums[0] += math::squared_error<V>(read(x + i), read(y + i)); });
-      partial.loss += sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+      partial.loss += visit_run<A, false>(x, y, count, V{}, false, nullptr);
       return;
     }
     V loss_sum = {}, weight_sum = {};
@@ -126,6 +168,29 @@ MseLossPartial forward_chunk(const MseLossParams& params, int64_t begin, int64_t
   return partial;
 }
 
+// The loss and the gradient of the input from one read of both operands; without weights.
+template <class A>
+MseLossPartial forward_and_gradient_chunk(const MseLossParams& params, int64_t begin, int64_t end) {
+  MseLossPartial partial{0.0, 0.0};
+  Tile<A> x_tile, y_tile, result;
+  const Vector<A> twice_g = splat<Vector<A>>(static_cast<A>(2.0 * params.gradient_scale));
+  const bool in_place = written_in_place<A>(params);
+  const bool stream = streams<A>(params);
+  Runs::visit(params, begin, end, [&](const Runs& at, int count) {
+    const A* x = at.read<A>(params.input, count, x_tile);
+    const A* y = at.read<A>(params.target, count, y_tile);
+    void* data = const_cast<void*>(params.output.data);
+    const int64_t offset = at.offset_in(params.output);
+    A* out = in_place ? static_cast<A*>(data) + offset : result.values;
+    partial.loss += visit_run<A, true>(x, y, count, twice_g, in_place && stream && streaming_aligned(out), out);
+    if (!in_place) {
+      write_numbers<A>(data, params.output.dtype, offset, at.stride_in(params.output), count, out);
+    }
+  });
+  if (stream) streaming_fence();
+  return partial;
+}
+
 template <class A>
 void backward_chunk(const MseLossParams& params, int64_t begin, int64_t end) {
   using V = Vector<A>;
@@ -134,8 +199,8 @@ void backward_chunk(const MseLossParams& params, int64_t begin, int64_t end) {
   const A scale = static_cast<A>(params.gradient_scale);
   const A mean = static_cast<A>(params.weighted_mean);
   const A twice = params.wanted == Wanted::kTarget ? A(-2) : A(2);
-  const bool in_place = params.output.dtype == kDTypeOf<A> && params.output.strides[params.dimensions - 1] == 1;
-  const bool stream = kCanStream && params.elements * static_cast<int64_t>(sizeof(A)) >= kStreamingBytes;
+  const bool in_place = written_in_place<A>(params);
+  const bool stream = streams<A>(params);
 
   Runs::visit(params, begin, end, [&](const Runs& at, int count) {
     const A* x = at.read<A>(params.input, count, x_tile);
@@ -189,6 +254,13 @@ void mse_loss_forward(const MseLossParams& params, int64_t begin, int64_t end, M
   for (int64_t i = begin; i < end; ++i) {
     partials[i] = params.float64 ? forward_chunk<double>(params, chunk_begin(i), chunk_end(params, i))
                                  : forward_chunk<float>(params, chunk_begin(i), chunk_end(params, i));
+  }
+}
+
+void mse_loss_forward_and_gradient(const MseLossParams& params, int64_t begin, int64_t end, MseLossPartial* partials) {
+  for (int64_t i = begin; i < end; ++i) {
+    partials[i] = params.float64 ? forward_and_gradient_chunk<double>(params, chunk_begin(i), chunk_end(params, i))
+                                 : forward_and_gradient_chunk<float>(params, chunk_begin(i), chunk_end(params, i));
   }
 }
 
