@@ -72,13 +72,13 @@ struct Call {
   int64_t pixel_count() const { return params.samples * params.pixels; }
   ScalarType compute_type() const { return float64() ? ScalarType::Double : ScalarType::Float; }
 
-  // Statistics: (2 N S + 2) of the compute type: maximum (N S), log_sum (N S), and the 8 bytes of a double, the divisor
+  // Statistics: (2 N S + 2) of the compute type: maximum (N S), sum (N S), and the 8 bytes of a double, the divisor
   // of the mean.
   template <class A>
   void point_into(void* statistics) {
     A* data = static_cast<A*>(statistics);
     params.maximum = data;
-    params.log_sum = data + pixel_count();
+    params.sum = data + pixel_count();
   }
   void* divisor_in(void* statistics) const {
     return static_cast<char*>(statistics) + 2 * pixel_count() * (float64() ? sizeof(double) : sizeof(float));

@@ -45,8 +45,8 @@ struct CrossEntropyParams {
 
   // Written by the forward, read by the backward. Together they give probabilities without a second look for the
   // maximum; one number (log-sum-exp) would not do, it loses the digits of the probabilities of large logits.
-  void* maximum;  // (N, S) of the compute type
-  void* log_sum;  // (N, S) of the compute type
+  void* maximum;  // (N, S) of the compute type: m = max_c z_c
+  void* sum;      // (N, S) of the compute type: sum_c exp(z_c - m)
 
   // Forward only.
   void* loss;  // (N, S) of loss_dtype, or nullptr where only the sum is wanted

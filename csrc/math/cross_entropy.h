@@ -4,7 +4,7 @@
 //
 //   value      CE     = sum_c w_c y~_c (log S - (z_c - m))  =  a log S - b
 //                       with  a = sum_c w_c y~_c  and  b = sum_c w_c y~_c (z_c - m)
-//   derivative dz_c   = a p_c - w_c y~_c,                p_c = exp(z_c - m - log S)
+//   derivative dz_c   = a p_c - w_c y~_c,                p_c = exp(z_c - m) / S
 //              dy_c   = (1 - e) w_c (log S - (z_c - m))
 //
 // Everything is written relative to the maximum: z_c - m is exact or nearly so, while log S + m would lose
@@ -25,12 +25,6 @@ struct Smoothing {
 template <class Real>
 FUSEDLOSS_HOST_DEVICE Real exp_shifted(Real logit, Real maximum) {
   return exp<Real>(logit - maximum);
-}
-
-// Probability of a class, given log2(S).
-template <class Real>
-FUSEDLOSS_HOST_DEVICE Real probability(Real logit, Real maximum, Real log2_sum) {
-  return exp2<Real>((logit - maximum) * Constants<Real>::log2_e - log2_sum);
 }
 
 template <class Real>
@@ -56,10 +50,11 @@ FUSEDLOSS_HOST_DEVICE Real soft_label_weight(Smoothing<Element<Real>> smoothing,
   return weight * (smoothing.label * label + smoothing.every);
 }
 
-// dL/dz_c for incoming gradient g: (g a) p_c - g w_c y~_c.
+// dL/dz_c for incoming gradient g: (g a / S) exp(z_c - m) - g w_c y~_c.
 template <class Real>
-FUSEDLOSS_HOST_DEVICE Real cross_entropy_logit_gradient(Real g_times_a, Real probability, Real g_times_label_weight) {
-  return g_times_a * probability - g_times_label_weight;
+FUSEDLOSS_HOST_DEVICE Real cross_entropy_logit_gradient(Real g_times_a_over_sum, Real exponential,
+                                                        Real g_times_label_weight) {
+  return g_times_a_over_sum * exponential - g_times_label_weight;
 }
 
 // dL/dy_c for incoming gradient g.

@@ -3,8 +3,10 @@
 // Plan. A chunk is a run of pixels of one sample; it goes block by block (kBlock pixels):
 //   forward    1. per pixel, over the classes: maximum m, then S = sum exp(z - m) and the sums its labels need
 //              2. per pixel: log S, the labelled logit, the loss
+//              3. where the gradient is wanted at once: the two steps below, on exponentials that step 1 kept in the
+//              cache
 //   backward   1. per pixel: label, incoming gradient
-//              2. per pixel and class: p = exp(z - m - log S), gradient
+//              2. per pixel and class: p = exp(z - m) / S, gradient
 // The visits over the classes differ by memory layout (Visit); everything per pixel is shared.
 #include <type_traits>
 
@@ -34,14 +36,13 @@ inline Visit choose_visit(const CrossEntropyParams& params) {
   return params.classes <= kTransposedClasses ? Visit::kTransposed : Visit::kRows;
 }
 
-// One vector more than a block, so that the rows of a tile do not fall into the same few cache sets.
-template <class A>
-constexpr int kTileStride = kBlock<A> + kLanes<A>;
-
+// A class-major tile of our own.
 template <class A>
 struct alignas(64) Tile {
-  A values[kTransposedClasses * kTileStride<A>];
+  static constexpr int kClasses = 192;  // above, it would outgrow its share of the L2 cache
+  A values[kClasses * kTileStride<A>];
 };
+static_assert(kTransposedClasses <= Tile<float>::kClasses, "a transposed block has to fit");
 
 inline int64_t offset_of(const LogitLayout& layout, int64_t sample, int64_t pixel) {
   return sample * layout.sample_stride + pixel * layout.pixel_stride;
@@ -122,18 +123,28 @@ class Block {
     return load_one(z_ + i * params_.input_layout.pixel_stride + c * params_.input_layout.class_stride);
   }
 
-  // The sums over the classes.
-  void forward(BlockSums<A>& sums) const {
+  // The sums over the classes. keep: backward() follows at once, and may find the exponentials in the tile.
+  void forward(BlockSums<A>& sums, bool keep) {
+    const int64_t z_stride = params_.input_layout.class_stride;
+    A* tile = z_tile_.values;
     switch (visit_) {
-      case Visit::kStrided:
-        forward_tile<kLabels>(classes_, z_, params_.input_layout.class_stride, y_, params_.target_layout.class_stride,
-                              count, sums);
-        break;
-      case Visit::kTransposed:
-        if constexpr (kLabels == Labels::kSoft) {
-          forward_tile<kLabels>(classes_, z_tile_.values, kTileStride<A>, y_tile_.values, kTileStride<A>, count, sums);
+      case Visit::kStrided: {
+        const int64_t y_stride = params_.target_layout.class_stride;
+        kept_ = keep && classes_.count <= Tile<A>::kClasses;
+        if (kept_) {
+          forward_tile<kLabels, true>(classes_, z_, z_stride, y_, y_stride, count, sums, tile);
         } else {
-          forward_tile<kLabels>(classes_, z_tile_.values, kTileStride<A>, y_, 0, count, sums);
+          forward_tile<kLabels, false>(classes_, z_, z_stride, y_, y_stride, count, sums, tile);
+        }
+        break;
+      }
+      case Visit::kTransposed:
+        kept_ = true;
+        if constexpr (kLabels == Labels::kSoft) {
+          forward_tile<kLabels, true>(classes_, tile, kTileStride<A>, y_tile_.values, kTileStride<A>, count, sums,
+                                      tile);
+        } else {
+          forward_tile<kLabels, true>(classes_, tile, kTileStride<A>, y_, 0, count, sums, tile);
         }
         break;
       case Visit::kRows:
@@ -141,35 +152,50 @@ class Block {
     }
   }
 
-  // Writes the gradient. masked: an ignored pixel's probabilities may be NaN. Uses up the logits of a transposed tile.
+  // Writes the gradient. masked: an ignored pixel's probabilities may be NaN. Uses up the tile.
   void backward(const BlockGradients<A>& pixels, bool masked, bool stream) {
     T* gradient = static_cast<T*>(params_.gradient) + offset_of(params_.gradient_layout, sample_, pixel_);
-    const int64_t z_stride = params_.input_layout.class_stride;
+    const int64_t y_stride = params_.target_layout.class_stride;
     const int64_t gradient_stride = params_.gradient_layout.class_stride;
     constexpr bool can_mask = kLabels != Labels::kSoft;
+    A* tile = z_tile_.values;
     switch (visit_) {
       case Visit::kStrided: {
-        const int64_t y_stride = params_.target_layout.class_stride;
-        if (masked) {
-          backward_tile<kLabels, can_mask, false>(classes_, z_, z_stride, y_, y_stride, count, pixels, gradient,
-                                                  gradient_stride);
-        } else if (stream && streaming_aligned(gradient)) {
-          backward_tile<kLabels, false, kCanStream>(classes_, z_, z_stride, y_, y_stride, count, pixels, gradient,
-                                                    gradient_stride);
+        const auto write = [&](auto kept, auto mask, auto streamed, const auto* z, int64_t z_stride) {
+          backward_tile<kLabels, kept(), mask(), streamed()>(classes_, z, z_stride, y_, y_stride, count, pixels,
+                                                             gradient, gradient_stride);
+        };
+        const auto from = [&](auto kept, const auto* z, int64_t z_stride) {
+          if (masked) {
+            write(kept, std::bool_constant<can_mask>{}, std::false_type{}, z, z_stride);
+          } else if (stream && streaming_aligned(gradient)) {
+            write(kept, std::false_type{}, std::bool_constant<kCanStream>{}, z, z_stride);
+          } else {
+            write(kept, std::false_type{}, std::false_type{}, z, z_stride);
+          }
+        };
+        if (kept_) {
+          from(std::true_type{}, static_cast<const A*>(tile), kTileStride<A>);
         } else {
-          backward_tile<kLabels, false, false>(classes_, z_, z_stride, y_, y_stride, count, pixels, gradient,
-                                               gradient_stride);
+          from(std::false_type{}, z_, params_.input_layout.class_stride);
         }
         break;
       }
       case Visit::kTransposed: {
-        A* tile = z_tile_.values;  // logits, then their gradient in the same place
-        if constexpr (kLabels == Labels::kSoft) {
-          backward_tile<kLabels, false, false>(classes_, tile, kTileStride<A>, y_tile_.values, kTileStride<A>, count,
-                                               pixels, tile, kTileStride<A>);
+        // Logits or exponentials, then their gradient in the same place.
+        const auto write = [&](auto kept) {
+          if constexpr (kLabels == Labels::kSoft) {
+            backward_tile<kLabels, kept(), false, false>(classes_, tile, kTileStride<A>, y_tile_.values, kTileStride<A>,
+                                                         count, pixels, tile, kTileStride<A>);
+          } else {
+            backward_tile<kLabels, kept(), true, false>(classes_, tile, kTileStride<A>, y_, 0, count, pixels, tile,
+                                                        kTileStride<A>);
+          }
+        };
+        if (kept_) {
+          write(std::true_type{});
         } else {
-          backward_tile<kLabels, true, false>(classes_, tile, kTileStride<A>, y_, 0, count, pixels, tile,
-                                              kTileStride<A>);
+          write(std::false_type{});
         }
         tile_to_rows(tile, kTileStride<A>, count, classes_.count, gradient, params_.gradient_layout.pixel_stride);
         break;
@@ -199,7 +225,8 @@ class Block {
   const int64_t pixel_;
   const T* const z_;
   const Y* y_ = nullptr;
-  Tile<A> z_tile_;
+  bool kept_ = false;  // the tile holds exponentials
+  Tile<A> z_tile_;     // kTransposed: logits; after forward: exponentials
   Tile<A> y_tile_;
 };
 
@@ -243,15 +270,15 @@ void read_pixel_gradient(const CrossEntropyParams& params, int64_t flat, int cou
 
 // Everything that the visits need to know of the block's pixels. True where an ignored pixel's probabilities are not
 // finite, so that its gradient has to be put to zero by hand.
-// maximum, log_sum: (count); labels: of index labels.
+// maximum, sum: (count); labels: of index labels.
 template <Labels kLabels, class A>
 bool prepare_gradients(const CrossEntropyParams& params, const Classes<A>& classes, int64_t flat, int count,
-                       const A* maximum, const A* log_sum, const BlockLabels<A>& labels, BlockGradients<A>& pixels) {
+                       const A* maximum, const A* sum, const BlockLabels<A>& labels, BlockGradients<A>& pixels) {
   bool masked = false;
   read_pixel_gradient<A>(params, flat, count, pixels.g);
   for (int i = 0; i < count; ++i) {
     pixels.maximum[i] = maximum[i];
-    pixels.log2_sum[i] = log_sum[i] * math::Constants<A>::log2_e;
+    pixels.inverse_sum[i] = A(1) / sum[i];
   }
   if constexpr (kLabels != Labels::kSoft) {
     const A weight_sum = static_cast<A>(params.weight_sum);
@@ -260,18 +287,19 @@ bool prepare_gradients(const CrossEntropyParams& params, const Classes<A>& class
       const bool ignored = labels.label[i] < 0;
       const A w = labels.weight[i];
       const A g = ignored ? A(0) : pixels.g[i];
-      const bool finite = log_sum[i] - log_sum[i] == A(0);
+      const bool finite = sum[i] - sum[i] == A(0) && sum[i] > A(0);
       masked_count += ignored && !finite;
       pixels.label[i] = labels.label[i];
       pixels.g[i] = g;
-      pixels.g_times_a[i] =
-          g * (kLabels == Labels::kIndex ? w : math::index_label_a<A>(classes.smoothing, w, weight_sum));
+      const A a = kLabels == Labels::kIndex ? w : math::index_label_a<A>(classes.smoothing, w, weight_sum);
+      pixels.g_times_a_over_sum[i] = ignored ? A(0) : g * a * pixels.inverse_sum[i];
       pixels.g_times_label[i] = g * classes.smoothing.label * w;
     }
     masked = masked_count > 0;
   }
   for (int i = count; i < padded<A>(count); ++i) {
-    pixels.maximum[i] = pixels.log2_sum[i] = pixels.g[i] = pixels.g_times_a[i] = pixels.g_times_label[i] = 0;
+    pixels.maximum[i] = pixels.inverse_sum[i] = pixels.g[i] = 0;
+    pixels.g_times_a_over_sum[i] = pixels.g_times_label[i] = 0;
     pixels.label[i] = -1;
   }
   return masked;
@@ -295,10 +323,10 @@ CrossEntropyPartial forward_chunk(const CrossEntropyParams& params, Visit visit,
     Block<kLabels, T, Y> block(params, visit, classes, chunk, done, most);
     const int count = block.count;
     BlockSums<A> sums;
-    block.forward(sums);
+    block.forward(sums, params.gradient != nullptr);
 
     // Lanes past `count` are computed on whatever is there and thrown away.
-    alignas(64) A log_sum[kBlock<A>], loss[kBlock<A>], label_logit[kBlock<A>];
+    alignas(64) A loss[kBlock<A>], label_logit[kBlock<A>];
     BlockLabels<A> labels;
     if constexpr (kLabels != Labels::kSoft) {
       labels.read(params, classes, block.flat, count);
@@ -333,7 +361,6 @@ CrossEntropyPartial forward_chunk(const CrossEntropyParams& params, Visit visit,
       } else if (i + kLanes<A> > count) {
         for (int lane = count - i; lane < kLanes<A>; ++lane) value[lane] = 0;
       }
-      store(log_sum + i, log_s);
       store(loss + i, value);
       block_loss += value;
     }
@@ -342,13 +369,13 @@ CrossEntropyPartial forward_chunk(const CrossEntropyParams& params, Visit visit,
 
     if (params.maximum != nullptr) {
       __builtin_memcpy(static_cast<A*>(params.maximum) + block.flat, sums.maximum, sizeof(A) * count);
-      __builtin_memcpy(static_cast<A*>(params.log_sum) + block.flat, log_sum, sizeof(A) * count);
+      __builtin_memcpy(static_cast<A*>(params.sum) + block.flat, sums.sum, sizeof(A) * count);
     }
     if (params.loss != nullptr) write_numbers<A>(params.loss, params.loss_dtype, block.flat, 1, count, loss);
     if (params.gradient != nullptr) {
       BlockGradients<A> pixels;
       const bool masked =
-          prepare_gradients<kLabels, A>(params, classes, block.flat, count, sums.maximum, log_sum, labels, pixels);
+          prepare_gradients<kLabels, A>(params, classes, block.flat, count, sums.maximum, sums.sum, labels, pixels);
       block.backward(pixels, masked, stream);
     }
   }
@@ -386,9 +413,9 @@ void backward_chunk(const CrossEntropyParams& params, Visit visit, const Classes
     BlockLabels<A> labels;
     if constexpr (kLabels != Labels::kSoft) labels.read(params, classes, block.flat, block.count);
     BlockGradients<A> pixels;
-    const bool masked = prepare_gradients<kLabels, A>(
-        params, classes, block.flat, block.count, static_cast<const A*>(params.maximum) + block.flat,
-        static_cast<const A*>(params.log_sum) + block.flat, labels, pixels);
+    const bool masked = prepare_gradients<kLabels, A>(params, classes, block.flat, block.count,
+                                                      static_cast<const A*>(params.maximum) + block.flat,
+                                                      static_cast<const A*>(params.sum) + block.flat, labels, pixels);
     block.backward(pixels, masked, stream);
   }
   if (stream) streaming_fence();
@@ -403,7 +430,7 @@ void label_backward_chunk(const CrossEntropyParams& params, const Classes<Comput
   const T* z = static_cast<const T*>(params.input) + offset_of(params.input_layout, chunk.sample, chunk.first);
   Y* gradient = static_cast<Y*>(params.gradient) + offset_of(params.gradient_layout, chunk.sample, chunk.first);
   const A* maximum = static_cast<const A*>(params.maximum) + flat;
-  const A* log_sum = static_cast<const A*>(params.log_sum) + flat;
+  const A* sum = static_cast<const A*>(params.sum) + flat;
 
   for (int64_t done = 0; done < chunk.count; done += kBlock<A>) {
     const int count = static_cast<int>(chunk.count - done < kBlock<A> ? chunk.count - done : kBlock<A>);
@@ -412,7 +439,7 @@ void label_backward_chunk(const CrossEntropyParams& params, const Classes<Comput
     const auto one = [&](int64_t i, int64_t c) {
       const A logit = load_one(z + i * params.input_layout.pixel_stride + c * params.input_layout.class_stride);
       const A value = math::cross_entropy_label_gradient<A>(g[i - done], classes.smoothing.label * classes.weight_of(c),
-                                                            logit, maximum[i], log_sum[i]);
+                                                            logit, maximum[i], math::log<A>(sum[i]));
       store_one(gradient + i * params.gradient_layout.pixel_stride + c * params.gradient_layout.class_stride, value);
     };
     if (params.input_layout.pixel_stride == 1) {

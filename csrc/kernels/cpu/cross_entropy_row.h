@@ -90,9 +90,8 @@ void backward_row(const Classes<ComputeType<T>>& classes, const T* z, const Y* y
     return;
   }
   const V maximum = splat<V>(pixels.maximum[i]);
-  const V log2_sum = splat<V>(pixels.log2_sum[i]);
   const A g = kLabels == Labels::kIndex ? A(0) : pixels.g[i];
-  A g_times_a = kLabels == Labels::kSoft ? A(0) : pixels.g_times_a[i];
+  A g_times_a_over_sum = kLabels == Labels::kSoft ? A(0) : pixels.g_times_a_over_sum[i];
   if constexpr (kLabels == Labels::kSoft) {
     V sum = {};
     for_classes<A>(0, classes.count, [&](auto vectors, auto partial, int c, int n) {
@@ -107,13 +106,13 @@ void backward_row(const Classes<ComputeType<T>>& classes, const T* z, const Y* y
         sum += label_weight;
       }
     });
-    g_times_a = g * static_cast<A>(sum_lanes<A>(sum));
+    g_times_a_over_sum = g * static_cast<A>(sum_lanes<A>(sum)) * pixels.inverse_sum[i];
   }
   for_classes<A>(0, classes.count, [&](auto vectors, auto partial, int c, int n) {
     for (int v = 0; v < vectors(); ++v) {
       const int at = c + v * lanes;
       const V logit = partial() ? load_partial<T>(z + at, n, 0) : load<T>(z + at);
-      const V p = math::probability<V>(logit, maximum, log2_sum);
+      const V exponential = math::exp_shifted<V>(logit, maximum);
       V g_times_label_weight = {};
       if constexpr (kLabels != Labels::kIndex) {
         V label_weight = class_weights<A>(classes, at, partial(), n);
@@ -125,7 +124,8 @@ void backward_row(const Classes<ComputeType<T>>& classes, const T* z, const Y* y
         }
         g_times_label_weight = g * label_weight;
       }
-      const V value = math::cross_entropy_logit_gradient<V>(splat<V>(g_times_a), p, g_times_label_weight);
+      const V value =
+          math::cross_entropy_logit_gradient<V>(splat<V>(g_times_a_over_sum), exponential, g_times_label_weight);
       if constexpr (partial()) {
         store_partial<T>(gradient + at, value, n);
       } else if constexpr (kStream) {
@@ -139,12 +139,13 @@ void backward_row(const Classes<ComputeType<T>>& classes, const T* z, const Y* y
     // The labelled class once more, in full precision and rounded once: its entry is p - 1, and a rounded p would have
     // lost the digits that are left.
     const auto c = pixels.label[i];
-    const A p = math::probability<A>(load_one(z + c), pixels.maximum[i], pixels.log2_sum[i]);
+    const A exponential = math::exp_shifted<A>(load_one(z + c), pixels.maximum[i]);
     A g_times_label_weight = pixels.g_times_label[i];
     if constexpr (kLabels == Labels::kIndexSmoothed) {
       g_times_label_weight += g * (classes.smoothing.every * classes.weight_of(c));
     }
-    store_one(gradient + c, math::cross_entropy_logit_gradient<A>(g_times_a, p, g_times_label_weight));
+    store_one(gradient + c,
+              math::cross_entropy_logit_gradient<A>(g_times_a_over_sum, exponential, g_times_label_weight));
   }
 }
 

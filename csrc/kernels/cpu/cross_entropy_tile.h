@@ -14,6 +14,11 @@ namespace {
 template <class A>
 constexpr int kBlock = 8 * kLanes<A>;
 
+// From class to class in a tile of our own: one vector more than a block, so that its rows do not fall into the same
+// few cache sets.
+template <class A>
+constexpr int kTileStride = kBlock<A> + kLanes<A>;
+
 // Which sum over the classes the labels need beside sum exp: none, the smoothing's, or their own.
 enum class Labels { kIndex, kIndexSmoothed, kSoft };
 
@@ -40,18 +45,20 @@ struct alignas(64) BlockSums {
 template <class A>
 struct alignas(64) BlockGradients {
   A maximum[kBlock<A>];
-  A log2_sum[kBlock<A>];
-  A g[kBlock<A>];                  // G
-  A g_times_a[kBlock<A>];          // G a; index labels only (soft labels sum a over their classes)
-  A g_times_label[kBlock<A>];      // G (1 - e) w_y; index labels only
-  math::Bits<A> label[kBlock<A>];  // class, or -1 where ignored; index labels only
+  A inverse_sum[kBlock<A>];         // 1 / S
+  A g[kBlock<A>];                   // G
+  A g_times_a_over_sum[kBlock<A>];  // G a / S; index labels only (soft labels sum a over their classes)
+  A g_times_label[kBlock<A>];       // G (1 - e) w_y; index labels only
+  math::Bits<A> label[kBlock<A>];   // class, or -1 where ignored; index labels only
 };
 
 // `kVectors` vectors of pixels from pixel `i` on; with kPartial one vector whose first `count` lanes are pixels.
-template <Labels kLabels, int kVectors, bool kPartial, class T, class Y>
+// With kKeep the exponentials exp(z - m) go into `kept`, class-major with kTileStride (may be z itself), for a backward
+// that follows at once.
+template <Labels kLabels, bool kKeep, int kVectors, bool kPartial, class T, class Y>
 FUSEDLOSS_HOST_DEVICE void forward_vectors(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride,
                                            const Y* y, int64_t y_stride, int i, int count,
-                                           BlockSums<ComputeType<T>>& out) {
+                                           BlockSums<ComputeType<T>>& out, ComputeType<T>* kept) {
   using A = ComputeType<T>;
   using V = Vector<A>;
   constexpr int lanes = kLanes<A>;
@@ -81,7 +88,9 @@ FUSEDLOSS_HOST_DEVICE void forward_vectors(const Classes<ComputeType<T>>& classe
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       const V logit = read(row + v * lanes);
-      sum[v] += math::exp_shifted<V>(logit, maximum[v]);
+      const V exponential = math::exp_shifted<V>(logit, maximum[v]);
+      sum[v] += exponential;
+      if constexpr (kKeep) store<A>(kept + c * kTileStride<A> + i + v * lanes, exponential);
       if constexpr (kLabels == Labels::kIndexSmoothed) b[v] += weight * (logit - maximum[v]);
       if constexpr (kLabels == Labels::kSoft) {
         const V label = read(y + c * y_stride + i + v * lanes);
@@ -114,19 +123,21 @@ FUSEDLOSS_HOST_DEVICE void for_vectors(int count, Visit visit) {
   if (i < count) visit(std::integral_constant<int, 1>{}, std::true_type{}, i, count - i);
 }
 
-template <Labels kLabels, class T, class Y>
+template <Labels kLabels, bool kKeep, class T, class Y>
 void forward_tile(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride, const Y* y, int64_t y_stride,
-                  int count, BlockSums<ComputeType<T>>& out) {
+                  int count, BlockSums<ComputeType<T>>& out, ComputeType<T>* kept) {
   // Two (index) to four accumulators a vector have to fit in the registers.
   constexpr int vectors = kLabels == Labels::kIndex ? 8 : 4;
   for_vectors<ComputeType<T>, vectors>(count, [&](auto v, auto partial, int i, int n) {
-    forward_vectors<kLabels, v(), partial()>(classes, z, z_stride, y, y_stride, i, n, out);
+    forward_vectors<kLabels, kKeep, v(), partial()>(classes, z, z_stride, y, y_stride, i, n, out, kept);
   });
 }
 
-// kMasked: exact zeros for ignored pixels, whose probabilities may be NaN.
-template <Labels kLabels, bool kMasked, bool kStream, int kVectors, bool kPartial, class T, class Y>
-FUSEDLOSS_HOST_DEVICE void backward_vectors(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride,
+// The gradient of the logits. Z: what is read: logits (of type T), or with kKept their exponentials, kept by the
+// forward. kMasked: exact zeros for ignored pixels, whose probabilities may be NaN.
+template <Labels kLabels, bool kKept, bool kMasked, bool kStream, int kVectors, bool kPartial, class Z, class Y,
+          class T>
+FUSEDLOSS_HOST_DEVICE void backward_vectors(const Classes<ComputeType<T>>& classes, const Z* z, int64_t z_stride,
                                             const Y* y, int64_t y_stride, int i, int count,
                                             const BlockGradients<ComputeType<T>>& pixels, T* gradient,
                                             int64_t gradient_stride) {
@@ -142,38 +153,39 @@ FUSEDLOSS_HOST_DEVICE void backward_vectors(const Classes<ComputeType<T>>& class
       return load<P>(p);
   };
 
-  V maximum[kVectors], log2_sum[kVectors], g[kVectors], g_times_a[kVectors], g_times_label[kVectors];
+  V maximum[kVectors], g[kVectors], g_times_a_over_sum[kVectors], g_times_label[kVectors];
   Label label[kVectors];
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
     const int at = i + v * lanes;
-    maximum[v] = load(pixels.maximum + at);
-    log2_sum[v] = load(pixels.log2_sum + at);
+    if constexpr (!kKept) maximum[v] = load(pixels.maximum + at);
     if constexpr (kLabels != Labels::kIndex) g[v] = load(pixels.g + at);
     if constexpr (kLabels != Labels::kSoft) {
-      g_times_a[v] = load(pixels.g_times_a + at);
+      g_times_a_over_sum[v] = load(pixels.g_times_a_over_sum + at);
       g_times_label[v] = load(pixels.g_times_label + at);
       label[v] = *reinterpret_cast<const typename VectorOf<math::Bits<A>>::Memory*>(pixels.label + at);
     }
   }
   if constexpr (kLabels == Labels::kSoft) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) g_times_a[v] = V{};
+    V a[kVectors] = {};
     for (int c = 0; c < classes.count; ++c) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         const V y_c = read(y + c * y_stride + i + v * lanes);
-        g_times_a[v] += g[v] * math::soft_label_weight<V>(classes.smoothing, classes.weight_of(c), y_c);
+        a[v] += math::soft_label_weight<V>(classes.smoothing, classes.weight_of(c), y_c);
       }
     }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) g_times_a_over_sum[v] = g[v] * a[v] * load(pixels.inverse_sum + i + v * lanes);
   }
   for (int c = 0; c < classes.count; ++c) {
-    const T* row = z + c * z_stride + i;
+    const Z* row = z + c * z_stride + i;
     T* gradient_row = gradient + c * gradient_stride + i;
     const A weight = kLabels == Labels::kIndex ? A(0) : classes.weight_of(c);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      const V p = math::probability<V>(read(row + v * lanes), maximum[v], log2_sum[v]);
+      V exponential = read(row + v * lanes);
+      if constexpr (!kKept) exponential = math::exp_shifted<V>(exponential, maximum[v]);
       V g_times_label_weight;
       if constexpr (kLabels == Labels::kSoft) {
         const V y_c = read(y + c * y_stride + i + v * lanes);
@@ -184,7 +196,7 @@ FUSEDLOSS_HOST_DEVICE void backward_vectors(const Classes<ComputeType<T>>& class
           g_times_label_weight += g[v] * (classes.smoothing.every * weight);
         }
       }
-      V value = math::cross_entropy_logit_gradient<V>(g_times_a[v], p, g_times_label_weight);
+      V value = math::cross_entropy_logit_gradient<V>(g_times_a_over_sum[v], exponential, g_times_label_weight);
       if constexpr (kMasked) value = label[v] < math::Bits<A>(0) ? V{} : value;
       if constexpr (kPartial) {
         store_partial<T>(gradient_row, value, count);
@@ -197,12 +209,12 @@ FUSEDLOSS_HOST_DEVICE void backward_vectors(const Classes<ComputeType<T>>& class
   }
 }
 
-template <Labels kLabels, bool kMasked, bool kStream, class T, class Y>
-void backward_tile(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride, const Y* y, int64_t y_stride,
+template <Labels kLabels, bool kKept, bool kMasked, bool kStream, class Z, class Y, class T>
+void backward_tile(const Classes<ComputeType<T>>& classes, const Z* z, int64_t z_stride, const Y* y, int64_t y_stride,
                    int count, const BlockGradients<ComputeType<T>>& pixels, T* gradient, int64_t gradient_stride) {
   for_vectors<ComputeType<T>, 4>(count, [&](auto v, auto partial, int i, int n) {
-    backward_vectors<kLabels, kMasked, kStream, v(), partial()>(classes, z, z_stride, y, y_stride, i, n, pixels,
-                                                                gradient, gradient_stride);
+    backward_vectors<kLabels, kKept, kMasked, kStream, v(), partial()>(classes, z, z_stride, y, y_stride, i, n, pixels,
+                                                                       gradient, gradient_stride);
   });
 }
 
