@@ -29,7 +29,7 @@ enum class Visit {
 };
 
 // Above, a row of classes fills its vectors well and a tile would outgrow the L1 cache.
-constexpr int kTransposedClasses = 64;
+constexpr int kTransposedClasses = 192;
 
 inline Visit choose_visit(const CrossEntropyParams& params) {
   if (params.input_layout.pixel_stride == 1) return Visit::kStrided;
@@ -197,7 +197,7 @@ class Block {
         } else {
           write(std::false_type{});
         }
-        tile_to_rows(tile, kTileStride<A>, count, classes_.count, gradient, params_.gradient_layout.pixel_stride);
+        write_rows(gradient, stream);
         break;
       }
       case Visit::kRows:
@@ -213,6 +213,23 @@ class Block {
   }
 
  private:
+  // The tile's gradient as rows. Where it is streamed, by way of the other tile, which is done with by now: the rows
+  // lie back to back, so whole vectors can be written, which a row of 21 numbers alone does not have.
+  void write_rows(T* gradient, bool stream) {
+    const int64_t stride = params_.gradient_layout.pixel_stride;
+    const int classes = classes_.count;
+    if (!stream || stride != classes || !streaming_aligned(gradient)) {
+      tile_to_rows(z_tile_.values, kTileStride<A>, count, classes, gradient, stride);
+      return;
+    }
+    T* rows = reinterpret_cast<T*>(y_tile_.values);
+    tile_to_rows(z_tile_.values, kTileStride<A>, count, classes, rows, classes);
+    const int numbers = count * classes;
+    int i = 0;
+    for (; i + kLanes<A> <= numbers; i += kLanes<A>) store_streaming_copy(gradient + i, rows + i);
+    for (; i < numbers; ++i) gradient[i] = rows[i];
+  }
+
   const T* row(int i) const { return z_ + i * params_.input_layout.pixel_stride; }
   const Y* label_row(int i) const {
     return kLabels == Labels::kSoft ? y_ + i * params_.target_layout.pixel_stride : nullptr;
@@ -227,7 +244,7 @@ class Block {
   const Y* y_ = nullptr;
   bool kept_ = false;  // the tile holds exponentials
   Tile<A> z_tile_;     // kTransposed: logits; after forward: exponentials
-  Tile<A> y_tile_;
+  Tile<A> y_tile_;     // kTransposed: soft labels
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -481,7 +498,7 @@ template <class T>
 bool streams(const CrossEntropyParams& params, Visit visit) {
   const int64_t bytes = params.samples * params.classes * params.pixels * static_cast<int64_t>(sizeof(T));
   const int64_t vector_bytes = static_cast<int64_t>(sizeof(T)) * kLanes<ComputeType<T>>;
-  const bool rows_aligned = visit == Visit::kRows ||
+  const bool rows_aligned = visit != Visit::kStrided ||
                             params.gradient_layout.class_stride * static_cast<int64_t>(sizeof(T)) % vector_bytes == 0;
   return kCanStream && bytes >= kStreamingBytes && rows_aligned;
 }

@@ -199,6 +199,26 @@ FUSEDLOSS_HOST_DEVICE void store_streaming(T* p, Vector<ComputeType<T>> value) {
 // Outputs from this size on are streamed: about a core's share of the last-level cache.
 constexpr int64_t kStreamingBytes = int64_t{4} << 20;
 
+// One vector's worth of numbers, as they are.
+template <class T>
+FUSEDLOSS_HOST_DEVICE void store_streaming_copy(T* to, const T* from) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  } else {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 2) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  } else {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+#else
+  store(to, load(from));
+#endif
+}
+
 FUSEDLOSS_HOST_DEVICE void streaming_fence() {
 #if defined(__AVX2__)
   _mm_sfence();
