@@ -6,16 +6,19 @@ python -m benchmarks --list                               what there is to choos
 python -m benchmarks --workloads 'mse_loss/*' --check     some workloads, and how they stand against the targets
 python -m benchmarks --level avx2                         with another instruction-set level of fusedloss
 python -m benchmarks --show FILE.csv --check              the tables of an earlier run
+python -m benchmarks --show FILE.csv --plot FILE.png      its picture
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich import box
@@ -45,7 +48,10 @@ def main() -> int:
         list_choices(console)
         return 0
     if arguments.show:
-        show(console, results.read(arguments.show), arguments.check)
+        rows = results.read(arguments.show)
+        show(console, rows, arguments.check)
+        if arguments.plot:
+            draw(console, rows, json.loads(arguments.show.with_suffix(".json").read_text()), arguments.plot)
         return 0
 
     torch.set_num_threads(arguments.threads)
@@ -77,6 +83,8 @@ def main() -> int:
     if output is not None:
         results.write(output, header, rows)
         console.print(f"written: {os.path.relpath(output)} and {output.with_suffix('.json').name}", soft_wrap=True)
+    if arguments.plot:
+        draw(console, rows, header, arguments.plot)
     return 0 if all(row.right for row in rows) else 1
 
 
@@ -84,6 +92,16 @@ def show(console: Console, rows: Sequence[Row], check: bool) -> None:
     report.show(console, rows)
     if check:
         report.show_targets(console, rows)
+
+
+def draw(console: Console, rows: Sequence[Row], header: dict[str, Any], path: Path) -> None:
+    from benchmarks import plot  # matplotlib is needed for this alone
+
+    try:
+        plot.draw(rows, header, path)
+    except ValueError as error:
+        raise SystemExit(f"python -m benchmarks: --plot: {error}") from error
+    console.print(f"drawn: {os.path.relpath(path)}", soft_wrap=True)
 
 
 def load_providers(names: Sequence[str], level: str | None, console: Console) -> Providers:
@@ -154,6 +172,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds of some small workloads; keeps nothing by default")
     add("--check", action="store_true", help="also show how fusedloss stands against the targets")
     add("--show", type=existing_file, metavar="FILE.csv", help="measure nothing; show the results in this file")
+    add("--plot", type=Path, metavar="FILE.png", help="also draw time and memory as bars")
     add("--list", action="store_true", help="show workloads, providers and passes")
     arguments = parser.parse_args()
 
