@@ -84,7 +84,8 @@ FUSEDLOSS_HOST_DEVICE Real exp2(Real t) {
   Real power = splat<Real>(K::exp2_coefficients[K::exp2_degree]);
   for (int k = K::exp2_degree - 1; k >= 0; --k) power = power * fraction + K::exp2_coefficients[k];
   // The low bits of `shifted` are the integer part: shifted up, they are added to the exponent.
-  return bit_cast<Real>(bit_cast<Bits<Real>>(power) + (bit_cast<Bits<Real>>(shifted) << K::mantissa_bits));
+  using U = UnsignedBits<Real>;
+  return bit_cast<Real>(bit_cast<U>(power) + (bit_cast<U>(shifted) << K::mantissa_bits));
 }
 
 // e^x with the same range; the product with log2(e) costs |x| / 2 units in the last place, which in a probability
@@ -102,7 +103,8 @@ FUSEDLOSS_HOST_DEVICE Real log(Real x) {
   using B = Bits<Real>;
   const B bits = bit_cast<B>(x);
   const B exponent = (bits - K::sqrt_half_bits) >> K::mantissa_bits;  // so that the mantissa is in [sqrt(1/2), sqrt(2))
-  const Real mantissa = bit_cast<Real>(bits - (exponent << K::mantissa_bits));
+  using U = UnsignedBits<Real>;
+  const Real mantissa = bit_cast<Real>(bit_cast<U>(bits) - (bit_cast<U>(exponent) << K::mantissa_bits));
   // An integer becomes a floating-point number by the same addition that exp2 takes apart.
   const Real e = bit_cast<Real>(bit_cast<B>(splat<Real>(K::round_magic)) + exponent) - K::round_magic;
 

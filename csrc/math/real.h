@@ -16,7 +16,8 @@
 
 namespace fusedloss::math {
 
-// Element: the number in a lane. Bits: an integer of the same width, for exponent arithmetic.
+// Element: the number in a lane. Bits, UnsignedBits: integers of the same width, for exponent arithmetic; unsigned
+// where bits are shifted out to the left, which for signed numbers C++17 leaves undefined.
 template <class Real>
 struct RealTraits;
 
@@ -24,12 +25,14 @@ template <>
 struct RealTraits<float> {
   using Element = float;
   using Bits = int32_t;
+  using UnsignedBits = uint32_t;
 };
 
 template <>
 struct RealTraits<double> {
   using Element = double;
   using Bits = int64_t;
+  using UnsignedBits = uint64_t;
 };
 
 template <class Real>
@@ -37,6 +40,9 @@ using Element = typename RealTraits<Real>::Element;
 
 template <class Real>
 using Bits = typename RealTraits<Real>::Bits;
+
+template <class Real>
+using UnsignedBits = typename RealTraits<Real>::UnsignedBits;
 
 template <class To, class From>
 FUSEDLOSS_HOST_DEVICE To bit_cast(const From& from) {

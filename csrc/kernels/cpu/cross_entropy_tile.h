@@ -62,7 +62,7 @@ FUSEDLOSS_HOST_DEVICE void forward_vectors(const Classes<ComputeType<T>>& classe
   using A = ComputeType<T>;
   using V = Vector<A>;
   constexpr int lanes = kLanes<A>;
-  const auto read = [count](const auto* p) {
+  const auto read = [&](const auto* p) {
     using P = std::remove_const_t<std::remove_pointer_t<decltype(p)>>;
     if constexpr (kPartial)
       return load_partial<P>(p, count, 0);
@@ -145,7 +145,7 @@ FUSEDLOSS_HOST_DEVICE void backward_vectors(const Classes<ComputeType<T>>& class
   using V = Vector<A>;
   using Label = math::Bits<V>;
   constexpr int lanes = kLanes<A>;
-  const auto read = [count](const auto* p) {
+  const auto read = [&](const auto* p) {
     using P = std::remove_const_t<std::remove_pointer_t<decltype(p)>>;
     if constexpr (kPartial)
       return load_partial<P>(p, count, 0);

@@ -48,11 +48,13 @@ template <>
 struct RealTraits<cpu::FUSEDLOSS_LEVEL::Vector<float>> {
   using Element = float;
   using Bits = cpu::FUSEDLOSS_LEVEL::Vector<int32_t>;
+  using UnsignedBits = cpu::FUSEDLOSS_LEVEL::Vector<uint32_t>;
 };
 template <>
 struct RealTraits<cpu::FUSEDLOSS_LEVEL::Vector<double>> {
   using Element = double;
   using Bits = cpu::FUSEDLOSS_LEVEL::Vector<int64_t>;
+  using UnsignedBits = cpu::FUSEDLOSS_LEVEL::Vector<uint64_t>;
 };
 }  // namespace fusedloss::math
 
