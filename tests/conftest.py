@@ -1,3 +1,6 @@
+import os
+import tempfile
+
 import pytest
 import torch
 
@@ -5,7 +8,12 @@ import torch
 DEVICES = ["cpu"]
 
 
+# torch.compile keeps its graphs on disk under the ops' names: those of another build of this package are wrong.
+COMPILER_CACHE = tempfile.TemporaryDirectory(prefix="fusedloss-test-")
+
+
 def pytest_configure(config):
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = COMPILER_CACHE.name
     # Tiny calls on two threads wait milliseconds for each other as soon as the machine does something else.
     # The tests that are about threads set their number themselves.
     torch.set_num_threads(1)
@@ -29,7 +37,7 @@ def device(request):
 
 @pytest.fixture
 def fresh_compiler():
-    """Nothing compiled before counts: no limit on recompilations is reached, no graph is taken from a cache."""
+    """Nothing compiled before counts: no limit on recompilations is reached, no graph is taken from memory."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -127,6 +127,25 @@ def test_squared_error_from_integers(dtype, integer, reduction, device):
     assert value.dtype == dtype
 
 
+@pytest.mark.parametrize("integer", [torch.int64, torch.uint8, torch.bool], ids=str)
+def test_autocast_of_an_integer_input(integer, device):
+    input = torch.ones(3, 17, device=device).to(integer)
+    target = Maker(torch.bfloat16, device).normal(3, 17)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        value = MSE_LOSS.function(input, target)
+        assert value.dtype == MSE_LOSS.reference(input, target).dtype == torch.float32
+
+
+def test_weights_of_many_are_summed_in_the_result_dtype(device):
+    """The divisor of a broadcast weighted mean: 1e-9 beside 1 is lost in float32 only."""
+    weight = torch.full((1000, 1), 1e-9, dtype=torch.float32, device=device)
+    weight[0] = 1.0
+    call = difference(
+        torch.zeros(1000, 1, device=device), torch.ones(1000, 2, dtype=torch.float64, device=device), weight
+    )
+    check(MSE_LOSS, call, wrt=())
+
+
 # ---- autocast --------------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +285,23 @@ def test_special_logits_go_through_as_in_torch(dtype, layout, special, smoothing
     value, _ = evaluate(CROSS_ENTROPY.function, indices(logits, labels, label_smoothing=smoothing), ())
     their_value, _ = evaluate(CROSS_ENTROPY.torch, indices(logits, labels, label_smoothing=smoothing), ())
     assert str(value.item())[:3] == str(their_value.item())[:3]
+
+
+@pytest.mark.parametrize("classes", [4, 300])
+@pytest.mark.parametrize(
+    ("dtype", "bits", "quiet_nan"),
+    [(torch.float32, torch.int32, 0x7FC00000), (torch.float64, torch.int64, 0x7FF8000000000000)],
+    ids=["float32", "float64"],
+)
+def test_every_nan_is_one(dtype, bits, quiet_nan, classes, device):
+    """Whatever its low bits say, which arithmetic on the bits of an exponent could take for a number."""
+    payload = torch.arange(1024, dtype=bits) * 3 + quiet_nan
+    logits = torch.zeros(1024, classes, dtype=dtype)
+    logits[:, 1] = payload.view(dtype)
+    labels = torch.zeros(1024, dtype=torch.int64, device=device)
+    value, gradients = evaluate(CROSS_ENTROPY.function, indices(logits.to(device), labels, reduction="none"), ["input"])
+    assert value.isnan().all()
+    assert gradients["input"].isnan().all()
 
 
 @pytest.mark.parametrize("special", SPECIAL.values(), ids=SPECIAL.keys())

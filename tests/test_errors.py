@@ -315,3 +315,30 @@ def test_nothing_else_warns(device):
         warnings.simplefilter("error")
         fusedloss.mse_loss(torch.zeros(3, 1, device=device), torch.ones(3, 1, device=device))
         fusedloss.cross_entropy(X.to(device), Y.to(device, torch.uint8), W.to(device, torch.float64))
+
+
+def test_a_tensor_whose_storage_is_gone(device):
+    """Its sizes promise numbers that are not there; FSDP frees parameters so."""
+    gone = torch.zeros(4, 3, device=device)
+    gone.untyped_storage().resize_(0)
+    labels = torch.zeros(4, dtype=torch.int64, device=device)
+    no_labels = labels.clone()
+    no_labels.untyped_storage().resize_(0)
+    no_weight = torch.zeros(3, device=device)
+    no_weight.untyped_storage().resize_(0)
+    for call in (
+        lambda: fusedloss.cross_entropy(gone, labels),
+        lambda: fusedloss.cross_entropy(X.to(device), no_labels),
+        lambda: fusedloss.cross_entropy(X.to(device), labels, no_weight),
+        lambda: fusedloss.mse_loss(gone, X.to(device)),
+        lambda: fusedloss.mse_loss(X.to(device), gone),
+    ):
+        with pytest.raises(ValueError, match="no memory"):
+            call()
+
+
+def test_more_classes_than_are_counted(device):
+    """One number, expanded: nothing may be copied to find out."""
+    logits = torch.zeros(1, device=device).expand(1, 2**31)
+    with pytest.raises(ValueError, match="classes"):
+        fusedloss.cross_entropy(logits, torch.zeros(1, dtype=torch.int64, device=device))

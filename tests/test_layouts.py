@@ -46,6 +46,11 @@ def channels_last(tensor):
     return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if tensor.dim() > 1 else tensor
 
 
+def classes_outermost(tensor):
+    """As an einsum may leave it: (C, N, ...) in memory."""
+    return tensor.transpose(0, 1).contiguous().transpose(0, 1) if tensor.dim() > 1 else tensor
+
+
 def samples_innermost(tensor):
     return tensor.movedim(0, -1).contiguous().movedim(-1, 0) if tensor.dim() > 1 else tensor
 
@@ -77,6 +82,7 @@ LAYOUTS = (
     transposed,
     reversed_in_memory,
     channels_last,
+    classes_outermost,
     samples_innermost,
     offset,
     offset_channels_last,
@@ -262,3 +268,22 @@ def test_a_poisoned_neighbour_is_seen():
         storage = torch.as_strided(view, (view.untyped_storage().nbytes() // 4,), (1,), 0)
         assert storage.isnan().any()
         assert torch.equal(view, x)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+def test_probabilities_beside_logits_of_another_layout(layout, device):
+    """As one_hot(...).movedim(-1, 1) gives them, beside logits from any network."""
+    for shape in ((2, 5, 3, 4), (3, 4), (1, 5, 7), (4, 1, 6)):
+        m = Maker(torch.float32, device)
+        call = probabilities(layout(m.normal(*shape)), channels_last(m.probabilities(*shape)), reduction="sum")
+        check(CROSS_ENTROPY, call)
+
+
+@each_reduction
+def test_many_dimensions_in_two_orders(reduction, device):
+    """More than the kernel counts, none of which can be merged."""
+    m = Maker(torch.float32, device)
+    shape = (2,) * 10
+    input = m.normal(*shape).permute(3, 1, 0, 2, 4, 6, 5, 9, 8, 7)
+    target = m.normal(*shape).permute(9, 1, 0, 4, 2, 6, 8, 7, 5, 3)
+    check(MSE_LOSS, difference(input, target).with_options(reduction=reduction))

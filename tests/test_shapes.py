@@ -173,12 +173,21 @@ def test_no_pixels(shape, reduction, device):
         value, _ = check(CROSS_ENTROPY, call)
         if reduction == "mean":
             assert value.isnan()
+        # A slice of something, and a tensor in another order: their strides are not those of an empty contiguous one.
+        for layout in (
+            lambda tensor: torch.cat([tensor, tensor], -1)[..., : tensor.shape[-1]],
+            lambda tensor: (
+                tensor.permute(*reversed(range(tensor.dim()))).contiguous().permute(*reversed(range(tensor.dim())))
+            ),
+        ):
+            check(CROSS_ENTROPY, call.map(layout, ["input"]))
 
 
 @each_reduction
 def test_no_classes(reduction, device):
     m = Maker(torch.float32, device)
-    check(CROSS_ENTROPY, probabilities(m.normal(4, 0), m.normal(4, 0), reduction=reduction))
+    value, _ = check(CROSS_ENTROPY, probabilities(m.normal(4, 0), m.normal(4, 0), reduction=reduction))
+    assert value.isnan().all() == (reduction == "mean")
     with pytest.raises(IndexError, match="target"):
         fusedloss.cross_entropy(m.normal(4, 0), m.labels(1, 4), reduction=reduction)
 

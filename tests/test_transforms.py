@@ -4,11 +4,13 @@ PyTorch's functions are built from operations that all transforms know, so in fl
 """
 
 import functools
+import warnings
 
 import pytest
 import torch
 from torch import func
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusedloss
 
@@ -318,6 +320,33 @@ def test_saved_tensor_hooks(case, device):
         gradients = eager_grad(ours, tensors)
     assert packed
     assert_same(gradients, eager_grad(theirs, tensors))
+
+
+@first_cases
+def test_nothing_as_large_as_the_input_escapes_the_hooks(case, device):
+    """Offloading is asked for to save memory: no gradient may be kept beside what goes through the hooks."""
+    call = case.loss.large(Maker(torch.float64, device), 1 << 16).requiring_grad(["input"])
+    with torch.autograd.graph.save_on_cpu():
+        value = call.run(case.loss.function)
+    assert getattr(value.grad_fn, "gradient", None) is None
+    value.backward()
+    assert_same(
+        (call.tensors["input"].grad,),
+        eager_grad(lambda x: call.with_tensors(input=x).run(case.loss.torch), (call.tensors["input"],)),
+    )
+
+
+@each_reduction
+@first_cases
+def test_derivative_of_what_was_traced_without_one(case, reduction, device):
+    """make_fx and jit.trace record what runs; what ran without gradients may be differentiated later."""
+    ours, theirs, tensors = scalar_functions(case, reduction, device)
+    detached = tuple(tensor.detach() for tensor in tensors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # jit.trace is deprecated, and finds constants
+        traced = (make_fx(ours)(*detached), torch.jit.trace(ours, detached, check_trace=False))
+    for function in traced:
+        assert_same(eager_grad(function, tensors), eager_grad(theirs, tensors))
 
 
 @pytest.mark.compile

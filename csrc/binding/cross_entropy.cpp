@@ -12,6 +12,9 @@
 namespace fusedloss {
 namespace {
 
+// Class indices are 32-bit in the kernels, and loops run a vector or a block past the last.
+constexpr int64_t kMostClasses = std::numeric_limits<int32_t>::max() - 1024;
+
 // The arguments after the checks, with whatever had to be copied.
 struct Call {
   Tensor input;
@@ -33,6 +36,11 @@ struct Call {
     require(is_floating(params.input_dtype), op, "input must be of a floating dtype");
     require(label_smoothing >= 0.0 && label_smoothing <= 1.0, op, "label_smoothing must be in [0, 1]");
     require(params.target_dtype != DType::kBool, op, "target must be class indices or probabilities");
+    readable(input, op);
+    readable(target, op);
+    // Before anything is copied: so many classes may be one number, expanded.
+    require(input.sizes()[input.dim() == 1 ? 0 : 1] <= kMostClasses, op,
+            "there must be fewer than 2^31 - 1024 classes");
     input = readable_logits(input);
 
     const std::vector<int64_t> sizes = sizes_of(input);
@@ -53,14 +61,13 @@ struct Call {
     }
 
     view = view_logits(sizes, strides_of(input));
-    if (params.soft_labels) params.target_layout = *layout_under(view, sizes, strides_of(target));
+    if (params.soft_labels) params.target_layout = layout_under(view, target, op);
     params.samples = view.samples;
     params.classes = view.classes;
     params.pixels = view.pixels;
     params.input_layout = view.layout;
-    require(params.classes < std::numeric_limits<int32_t>::max(), op, "there must be fewer than 2^31 classes");
-    params.input = input.const_data_ptr();
-    params.target = target.const_data_ptr();
+    params.input = readable(input, op);
+    params.target = readable(target, op);
     params.ignore_index = ignore_index;
     params.label_smoothing = label_smoothing;
     read_weight(op, weight);
@@ -91,6 +98,7 @@ struct Call {
     if (!weight.has_value()) return;
     const DType dtype = dtype_of(*weight, op);
     require(is_floating(dtype), op, "weight must be of a floating dtype");
+    readable(*weight, op);
     require(weight->dim() == 1 && weight->numel() == params.classes, op, "weight must have one number a class");
     const Tensor values = torch::stable::contiguous(torch::stable::to(*weight, ScalarType::Double));
     const double* data = static_cast<const double*>(values.const_data_ptr());
@@ -137,10 +145,6 @@ void check_no_label(const Call& call) {
   }
 }
 
-}  // namespace
-
-namespace {
-
 // Sums the partials in the order of their index. Throws for the first bad label.
 CrossEntropyPartial total_of(const Call& call, const std::vector<CrossEntropyPartial>& partials) {
   CrossEntropyPartial total{0.0, 0.0, -1};
@@ -172,10 +176,13 @@ CrossEntropyPartial run_forward(Call& call, double grad) {
   }
   std::vector<CrossEntropyPartial> partials(call.chunks);
   const cpu::KernelTable& kernels = cpu::kernels();
-  for_chunks(call.chunks,
-             [&](int64_t begin, int64_t end) { kernels.cross_entropy_forward(params, begin, end, partials.data()); });
+  const int64_t scratch_bytes = kernels.cross_entropy_scratch_bytes(params);
+  for_chunks(call.chunks, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(scratch_bytes);
+    kernels.cross_entropy_forward(params, begin, end, scratch.data(), partials.data());
+  });
   CrossEntropyPartial total = total_of(call, partials);
-  if (params.soft_labels) total.weight = static_cast<double>(call.pixel_count());
+  if (params.soft_labels) total.weight = static_cast<double>(params.classes > 0 ? call.pixel_count() : 0);
   return total;
 }
 
@@ -183,10 +190,8 @@ void point_to_gradient(Call& call, const char* op, const Tensor& gradient) {
   const std::vector<int64_t> sizes = sizes_of(call.input);
   require(sizes_of(gradient) == sizes && gradient.scalar_type() == call.input.scalar_type(), op,
           "gradient must be of input's shape and dtype");
-  const auto layout = layout_under(call.view, sizes, strides_of(gradient));
-  require(layout.has_value(), op, "gradient must lie in memory as input does");
-  call.params.gradient_layout = *layout;
-  call.params.gradient = gradient.mutable_data_ptr();
+  call.params.gradient_layout = layout_under(call.view, gradient, op);
+  call.params.gradient = writable(gradient, op);
 }
 
 }  // namespace
@@ -262,7 +267,7 @@ Tensor cross_entropy_backward(Tensor grad, Tensor input, Tensor target, std::opt
   require(statistics.dim() == 1 && statistics.numel() == 2 * pixels + 2 &&
               statistics.scalar_type() == call.compute_type() && statistics.is_contiguous(),
           op, "statistics must be those that the forward op keeps");
-  call.point_into(const_cast<void*>(statistics.const_data_ptr()));
+  call.point_into(const_cast<void*>(readable(statistics, op)));
 
   params.loss_dtype = dtype_of(grad, op);
   params.gradient_scale = 1.0;
@@ -273,7 +278,7 @@ Tensor cross_entropy_backward(Tensor grad, Tensor input, Tensor target, std::opt
     } else {
       if (!grad.is_contiguous()) grad = torch::stable::contiguous(grad);
       require(is_floating(params.loss_dtype), op, "grad must be of a floating dtype");
-      params.pixel_gradient = grad.const_data_ptr();
+      params.pixel_gradient = readable(grad, op);
     }
   } else {
     require(grad.numel() == 1, op, "grad must be one number");
@@ -289,10 +294,13 @@ Tensor cross_entropy_backward(Tensor grad, Tensor input, Tensor target, std::opt
   Tensor gradient = allocate(sizes, dense_strides(sizes, strides_of(call.input)),
                              scalar_type(operand == 0 ? params.input_dtype : params.target_dtype));
   params.gradient = gradient.mutable_data_ptr();
-  params.gradient_layout = *layout_under(call.view, sizes, strides_of(gradient));
+  params.gradient_layout = layout_under(call.view, gradient, op);
   const cpu::KernelTable& kernels = cpu::kernels();
+  const int64_t scratch_bytes = kernels.cross_entropy_scratch_bytes(params);
   for_chunks(call.chunks, [&](int64_t begin, int64_t end) {
-    (operand == 0 ? kernels.cross_entropy_backward : kernels.cross_entropy_label_backward)(params, begin, end);
+    if (operand == 1) return kernels.cross_entropy_label_backward(params, begin, end);
+    const Scratch scratch(scratch_bytes);
+    kernels.cross_entropy_backward(params, begin, end, scratch.data());
   });
   return gradient;
 }

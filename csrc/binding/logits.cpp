@@ -1,8 +1,12 @@
 #include "binding/logits.h"
 
+#include <algorithm>
+
 namespace fusedloss {
 
 namespace {
+
+bool is_empty(const std::vector<int64_t>& sizes) { return std::find(sizes.begin(), sizes.end(), 0) != sizes.end(); }
 
 // Samples, classes and spatial dimensions (as one), before anything is folded.
 struct Geometry {
@@ -12,7 +16,9 @@ struct Geometry {
   LogitLayout layout{0, 1, 1};
   bool mergeable = true;  // the spatial dimensions follow each other in memory
 
-  Geometry(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+  Geometry(const std::vector<int64_t>& sizes, const std::vector<int64_t>& given_strides) {
+    // Nothing lies anywhere in an empty tensor, so it may as well be contiguous.
+    const std::vector<int64_t> strides = is_empty(sizes) ? contiguous_strides(sizes) : given_strides;
     const bool one_sample = sizes.size() == 1;
     classes = sizes[one_sample ? 0 : 1];
     layout.class_stride = classes == 1 ? 1 : strides[one_sample ? 0 : 1];
@@ -42,7 +48,10 @@ struct Geometry {
     }
   }
 
-  bool samples_are_pixels() const { return samples == 1 || layout.sample_stride == spatial * layout.pixel_stride; }
+  // Class-major memory (C, N, S) could be folded too, but no tensor made to go with it would lie so.
+  bool samples_are_pixels() const {
+    return samples == 1 || (layout.class_stride == 1 && layout.sample_stride == spatial * layout.pixel_stride);
+  }
 };
 
 }  // namespace
@@ -66,8 +75,8 @@ LogitView view_logits(const std::vector<int64_t>& sizes, const std::vector<int64
   return view;
 }
 
-std::optional<LogitLayout> layout_under(const LogitView& view, const std::vector<int64_t>& sizes,
-                                        const std::vector<int64_t>& strides) {
+std::optional<LogitLayout> layout_if_under(const LogitView& view, const std::vector<int64_t>& sizes,
+                                           const std::vector<int64_t>& strides) {
   const Geometry geometry(sizes, strides);
   if (!geometry.mergeable) return std::nullopt;
   if (view.fold == LogitView::Fold::kAll && !geometry.samples_are_pixels()) return std::nullopt;
@@ -77,10 +86,16 @@ std::optional<LogitLayout> layout_under(const LogitView& view, const std::vector
   return same_order ? std::optional<LogitLayout>(layout) : std::nullopt;
 }
 
+LogitLayout layout_under(const LogitView& view, const Tensor& tensor, const char* op) {
+  const std::optional<LogitLayout> layout = layout_if_under(view, sizes_of(tensor), strides_of(tensor));
+  require(layout.has_value(), op, "a tensor must lie in memory as input does");
+  return *layout;
+}
+
 std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
   const std::vector<int64_t> contiguous = contiguous_strides(sizes);
   const LogitView view = view_logits(sizes, strides);
-  if (sizes.size() == 1 || !view.readable) return contiguous;
+  if (sizes.size() == 1 || !view.readable || is_empty(sizes)) return contiguous;
   bool is_contiguous = true;
   for (size_t d = 0; d < sizes.size(); ++d) is_contiguous &= sizes[d] == 1 || strides[d] == contiguous[d];
   if (is_contiguous) return contiguous;
@@ -114,7 +129,7 @@ Tensor readable_logits(const Tensor& tensor) {
 Tensor in_order_of(const Tensor& tensor, const Tensor& like) {
   const std::vector<int64_t> sizes = sizes_of(tensor);
   const std::vector<int64_t> like_strides = strides_of(like);
-  if (layout_under(view_logits(sizes, like_strides), sizes, strides_of(tensor))) return tensor;
+  if (layout_if_under(view_logits(sizes, like_strides), sizes, strides_of(tensor))) return tensor;
   Tensor copy = allocate(sizes, dense_strides(sizes, like_strides), tensor.scalar_type());
   torch::stable::copy_(copy, tensor);
   return copy;

@@ -12,7 +12,7 @@ struct LogitView {
   enum class Fold {
     kSpatial,  // pixels are the spatial dimensions
     kRows,     // one pixel a sample: samples are the pixels
-    kAll,      // samples follow each other like pixels (channels_last): one run of both
+    kAll,      // classes innermost and samples follow each other like pixels (channels_last): one run of both
   };
 
   int64_t samples;
@@ -27,13 +27,13 @@ struct LogitView {
 
 LogitView view_logits(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides);
 
-// The layout of another tensor of the same sizes under the folding and in the order of `view`; none where it has
+// The layout of another tensor of the same sizes under the folding and in the order of `view`. Throws where it lies in
 // another.
-std::optional<LogitLayout> layout_under(const LogitView& view, const std::vector<int64_t>& sizes,
-                                        const std::vector<int64_t>& strides);
+LogitLayout layout_under(const LogitView& view, const Tensor& tensor, const char* op);
 
 // Strides of a dense tensor in the memory order that the kernels visit `sizes`, `strides` in: contiguous,
-// channels_last, or transposed rows. _ops.py has the same rule.
+// channels_last, or transposed rows; contiguous also where the kernels visit a contiguous copy. _ops.py has the same
+// rule.
 std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides);
 
 // `tensor`, or a copy of it that is readable.

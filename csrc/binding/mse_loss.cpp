@@ -27,7 +27,7 @@ std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, const std:
   return strides;
 }
 
-// The arguments after the checks. Every array has the sizes of `input` (_ops.py broadcasts, so strides may be 0).
+// The arguments after the checks. Every array has the sizes of `input` (functional.py broadcasts, so strides may be 0).
 struct Call {
   Tensor input;
   Tensor target;
@@ -64,11 +64,11 @@ struct Call {
     require(sizes_of(tensor) == sizes, op, "input, target, weight and grad must have the same shape");
     array.dtype = dtype_of(tensor, op);
     require(is_floating(array.dtype), op, "input, target, weight and grad must be of floating dtypes");
-    array.data = tensor.const_data_ptr();
+    array.data = readable(tensor, op);
   }
 
-  // Sorts and merges the dimensions of all arrays named. Copies to contiguous memory where more than kMaxDimensions
-  // stay.
+  // Sorts and merges the dimensions of all arrays named. Where more than kMaxDimensions stay, what is read is copied
+  // into the order of what is written.
   void set_dimensions(Tensor* output, Tensor* gradient) {
     std::vector<std::pair<Tensor*, StridedArray*>> arrays{{&input, &params.input}, {&target, &params.target}};
     if (weight.has_value()) arrays.push_back({&*weight, &params.weight});
@@ -76,9 +76,12 @@ struct Call {
     if (gradient != nullptr) arrays.push_back({gradient, &params.element_gradient});
     if (!merge_dimensions(arrays)) {
       for (auto& [tensor, array] : arrays) {
-        if (tensor == output) continue;  // contiguous already: nothing this crooked is dense
-        *tensor = torch::stable::contiguous(*tensor);
-        array->data = tensor->const_data_ptr();
+        if (tensor == output) continue;
+        Tensor copy =
+            allocate(sizes, output != nullptr ? strides_of(*output) : contiguous_strides(sizes), tensor->scalar_type());
+        torch::stable::copy_(copy, *tensor);
+        *tensor = copy;
+        array->data = copy.const_data_ptr();
       }
       require(merge_dimensions(arrays), "mse_loss", "input has too many dimensions that cannot be merged");
     }
@@ -233,7 +236,7 @@ Tensor mse_loss_backward(Tensor grad, Tensor input, Tensor target, std::optional
   if (call.weighted_mean()) {
     require(statistics.numel() == 2 && statistics.scalar_type() == ScalarType::Double && statistics.is_contiguous(), op,
             "statistics must be those of the forward op");
-    const double* saved = static_cast<const double*>(statistics.const_data_ptr());
+    const double* saved = static_cast<const double*>(readable(statistics, op));
     params.gradient_scale /= saved[0];
     params.weighted_mean = operand == 2 ? saved[1] : 0.0;
   } else if (call.reduction == Reduction::kMean) {

@@ -107,7 +107,7 @@ Tensor scalar_tensor(double value, ScalarType dtype) {
 
 double first_element(const Tensor& tensor, const char* op) {
   require(tensor.numel() >= 1, op, "the incoming gradient must not be empty");
-  const void* data = tensor.const_data_ptr();
+  const void* data = readable(tensor, op);
   switch (dtype_of(tensor, op)) {
     case DType::kFloat64:
       return *static_cast<const double*>(data);

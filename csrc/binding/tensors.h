@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -25,6 +26,14 @@ using torch::stable::Tensor;
 inline void require(bool condition, const char* op, const char* wanted) {
   if (!condition) throw std::invalid_argument(std::string(op) + ": " + wanted);
 }
+
+// The data of a tensor. Its storage can have been resized under it; then there is no data, whatever the sizes say.
+inline const void* readable(const Tensor& tensor, const char* op) {
+  const void* data = tensor.const_data_ptr();
+  require(data != nullptr || tensor.numel() == 0, op, "an argument has no memory (its storage was resized)");
+  return data;
+}
+inline void* writable(const Tensor& tensor, const char* op) { return const_cast<void*>(readable(tensor, op)); }
 
 DType dtype_of(const Tensor& tensor, const char* op);
 bool is_floating(DType dtype);
@@ -57,6 +66,21 @@ std::string position_text(int64_t flat, const std::vector<int64_t>& sizes);
 
 // The integer at a flat position of a contiguous tensor.
 int64_t integer_at(const void* data, DType dtype, int64_t flat);
+
+// Memory for the length of a scope, aligned to a cache line.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes)
+      : data_(bytes > 0 ? ::operator new(static_cast<size_t>(bytes), kAlignment) : nullptr) {}
+  ~Scratch() { ::operator delete(data_, kAlignment); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* data() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  void* const data_;
+};
 
 // Runs f(begin, end) over the chunks, by threads where there is more than one chunk.
 template <class F>

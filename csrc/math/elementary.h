@@ -73,19 +73,20 @@ template <class Real>
 using Constants = ElementaryConstants<Element<Real>>;
 
 // 2^t for t <= 127 (float) or 1023 (double); exactly 0 from -127 (-1023) down, NaN for NaN.
-// Results below the normal range are rounded coarsely (absolute error below the smallest normal number).
 template <class Real>
 FUSEDLOSS_HOST_DEVICE Real exp2(Real t) {
   using K = Constants<Real>;
   const Real floor = splat<Real>(K::exponent_floor);
-  t = t < floor ? floor : t;  // written so that NaN stays NaN
-  const Real shifted = t + K::round_magic;
-  const Real fraction = t - (shifted - K::round_magic);  // exact, in [-1/2, 1/2]
+  t = t < floor ? floor : t;                                           // written so that NaN stays NaN
+  const Real magic = splat<Real>(K::round_magic - K::exponent_floor);  // with the bias of the exponent
+  const Real shifted = t + magic;
+  const Real fraction = t - (shifted - magic);  // exact, in [-1/2, 1/2]
   Real power = splat<Real>(K::exp2_coefficients[K::exp2_degree]);
   for (int k = K::exp2_degree - 1; k >= 0; --k) power = power * fraction + K::exp2_coefficients[k];
-  // The low bits of `shifted` are the integer part: shifted up, they are added to the exponent.
+  // The low bits of `shifted`, moved up into the exponent, are 2^integer part. A product and not a sum of bits: of a
+  // NaN the low bits are anything, and a sum could turn it into a number.
   using U = UnsignedBits<Real>;
-  return bit_cast<Real>(bit_cast<U>(power) + (bit_cast<U>(shifted) << K::mantissa_bits));
+  return power * bit_cast<Real>(bit_cast<U>(shifted) << K::mantissa_bits);
 }
 
 // e^x with the same range; the product with log2(e) costs |x| / 2 units in the last place, which in a probability

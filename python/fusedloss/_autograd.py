@@ -73,7 +73,19 @@ def apply(loss: Loss, tensors: Tensors, options: tuple[Any, ...], float32_loss: 
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return _apply_function(loss, options, float32_loss, True, *tensors)
+    if _is_traced():
+        # make_fx or jit.trace: what they record is differentiated later, and the private op has no derivative.
+        return loss.public(*tensors, *options, float32_loss)
     return loss.forward(*tensors, *options, float32_loss, _ops.KEEP_NOTHING)[0]
+
+
+def _is_traced() -> bool:
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None
+
+
+def _saved_tensors_are_hooked() -> bool:
+    # Non-reentrant checkpointing, save_on_cpu: what is kept beside the saved tensors would escape them.
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 class _Function(torch.autograd.Function):
@@ -81,8 +93,8 @@ class _Function(torch.autograd.Function):
 
     Where it is the only one asked for, and the loss one number, the forward writes it at once, for an incoming gradient
     of 1: one read of the logits less. That is the usual call, ``loss(...).backward()``. For another one it is written
-    again, which costs what the other way costs. Otherwise, and where a tracer looks on (which would copy
-    what is written in place), the forward keeps statistics and the backward reads the input again.
+    again, which costs what the other way costs. Otherwise, where hooks wait for what is saved, and where a tracer looks
+    on (which would copy what is written in place), the forward keeps statistics and the backward reads the input again.
     """
 
     # `forward(ctx, ...)` instead of `setup_context`: half the time per call, and no transform comes through this door.
@@ -92,7 +104,12 @@ class _Function(torch.autograd.Function):
     ) -> Tensor:
         ctx.loss = loss
         ctx.options = options
-        if eager and ctx.needs_input_grad == _ONLY_INPUT and loss.can_keep_gradient(tensors, options):
+        if (
+            eager
+            and ctx.needs_input_grad == _ONLY_INPUT
+            and loss.can_keep_gradient(tensors, options)
+            and not _saved_tensors_are_hooked()
+        ):
             result, ctx.gradient = loss.forward(*tensors, *options, float32_loss, _ops.KEEP_GRADIENT)
             ctx.save_for_backward(*tensors)
         else:
@@ -109,6 +126,7 @@ class _Function(torch.autograd.Function):
         loss, options, saved = ctx.loss, ctx.options, ctx.saved_tensors
         # A transform or a tangent may also meet a graph that was built before: in the incoming gradient.
         if torch.is_grad_enabled() or _transforms_active() or forward_ad._current_level >= 0:
+            ctx.gradient = None
             return _formula_gradients(loss, options, saved[:_TENSORS], grad, wanted)
         if len(saved) == _TENSORS:
             if not _is_legacy_batched(grad):

@@ -70,6 +70,8 @@ def _logit_strides(input: Tensor) -> list[Any]:
     """Dense strides in the order that the kernels visit `input` in (dense_strides in csrc/binding/logits.cpp)."""
     shape, strides = list(input.shape), list(input.stride())
     contiguous = _contiguous_strides(shape)
+    if any(n == 0 for n in shape):
+        return contiguous
     if len(shape) == 1 or all(n == 1 or s == c for n, s, c in zip(shape, strides, contiguous, strict=True)):
         return contiguous
     pixels: Any = 1
@@ -114,6 +116,13 @@ def _dense_strides(tensor: Tensor) -> list[Any]:
     return strides
 
 
+def _require_one_device(*tensors: Tensor | None) -> None:
+    # Else an op on the CPU and on meta tensors would be shaped, and never run.
+    devices = {tensor.device.type for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        raise RuntimeError(f"fusedloss: the tensors must be on one device, got {', '.join(sorted(devices))}")
+
+
 def _like_logits(input: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_strided(list(input.shape), _logit_strides(input), dtype=dtype, device=input.device)
 
@@ -141,6 +150,7 @@ def _cross_entropy_forward_fake(
     float32_loss: bool,
     keep: int,
 ) -> tuple[Tensor, Tensor]:
+    _require_one_device(input, target, weight)
     soft = target.dtype.is_floating_point
     dtype = _loss_dtype(_promote(input, target if soft else None), float32_loss)
     shape = _pixel_shape(input)
@@ -163,6 +173,7 @@ def _cross_entropy_backward_fake(
     label_smoothing: float,
     operand: int,
 ) -> Tensor:
+    _require_one_device(grad, input, target, weight, statistics)
     return _like_logits(input, input.dtype if operand == 0 else target.dtype)
 
 
@@ -175,6 +186,7 @@ def _mse_loss_forward_fake(
     float32_loss: bool,
     keep: int,
 ) -> tuple[Tensor, Tensor]:
+    _require_one_device(input, target, weight)
     dtype = _loss_dtype(_promote(input, target, weight), float32_loss)
     if reduction == NONE:
         loss = torch.empty_strided(list(input.shape), _dense_strides(input), dtype=dtype, device=input.device)
@@ -198,6 +210,7 @@ def _mse_loss_backward_fake(
     reduction: int,
     operand: int,
 ) -> Tensor:
+    _require_one_device(grad, input, target, weight, statistics)
     wanted = (input, target, weight)[operand]
     assert wanted is not None
     return torch.empty_strided(list(wanted.shape), _dense_strides(wanted), dtype=wanted.dtype, device=wanted.device)
@@ -206,7 +219,7 @@ def _mse_loss_backward_fake(
 @torch.library.register_fake("fusedloss::_cross_entropy_rescale_")
 @torch.library.register_fake("fusedloss::_mse_loss_rescale_")
 def _rescale_fake(*arguments: Any) -> None:
-    pass
+    _require_one_device(*(argument for argument in arguments if isinstance(argument, Tensor)))
 
 
 @torch.library.register_fake("fusedloss::cross_entropy")

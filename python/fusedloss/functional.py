@@ -87,7 +87,9 @@ def cross_entropy(
     Note:
         Sums are formed in float32 within a chunk of pixels and in float64 across chunks (float64 inputs: float64
         throughout), in an order fixed by the shape: the same bits on every run and for every number of threads.
-        The backward keeps 8 bytes a pixel (16 for float64) and writes a gradient of the logits' memory format.
+        Where the gradient of ``input`` alone is asked for and the loss is one number, the forward writes it at once, in
+        the logits' memory format, and the backward hands it over; otherwise 8 bytes a pixel are kept (16 for float64).
+        As everywhere in autograd, ``input`` must not be changed in place between forward and backward.
         Double backward, forward mode and the transforms of :mod:`torch.func` run the formula of
         :func:`fusedloss.reference.cross_entropy`.
 
@@ -142,9 +144,11 @@ def mse_loss(input: Tensor, target: Tensor, *, reduction: str = "mean", weight: 
         TypeError: a wrong type or dtype.
 
     Note:
-        Each operand is read once forward and once backward, whatever its strides and dtype. Gradients go to ``input``,
-        ``target`` and ``weight``, and only those asked for are computed; that of a broadcast operand is first formed in
-        the broadcast shape. Sums are formed as in :func:`cross_entropy`: the same bits for every number of threads.
+        Each operand is read once forward and once backward, whatever its strides and dtype; where the gradient of
+        ``input`` alone is asked for, of one unweighted number, the forward writes it at once and nothing is read again.
+        Gradients go to ``input``, ``target`` and ``weight``, and only those asked for are computed; that of a broadcast
+        operand is first formed in the broadcast shape. Sums are formed as in :func:`cross_entropy`: the same bits for
+        every number of threads.
 
     >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> mse_loss(x, torch.tensor([0.0, 4.0]), weight=torch.tensor([3.0, 1.0]))
@@ -190,7 +194,6 @@ def _cross_entropy(
 
 def _mse_loss(input: Tensor, target: Tensor, reduction: str, weight: Tensor | None) -> Tensor:
     _require_kernels(input, target, weight)
-    float32_loss = input.dtype in _HALF_DTYPES and torch.is_autocast_enabled(input.device.type)
     if input.dtype is not target.dtype:
         if input.is_complex() or target.is_complex():
             raise TypeError("mse_loss: `input` and `target` must be real")
@@ -198,6 +201,7 @@ def _mse_loss(input: Tensor, target: Tensor, reduction: str, weight: Tensor | No
             target = target.to(input.dtype)
         elif not input.is_floating_point():
             input = input.to(target.dtype)
+    float32_loss = input.dtype in _HALF_DTYPES and torch.is_autocast_enabled(input.device.type)
     if input.shape != target.shape:
         return _broadcast_mse_loss(input, target, reduction, weight)
     return _autograd.apply(_autograd.MSE_LOSS, (input, target, weight), (_REDUCTIONS[reduction],), float32_loss)
@@ -226,8 +230,7 @@ def _broadcast_mse_loss(input: Tensor, target: Tensor, reduction: str, weight: T
         return _mse_loss(x, y, reduction, None).to(dtype)
     if weight.shape != input.shape:
         raise ValueError("mse_loss: `weight` must have the shape of `input`")
-    if weight.dtype in _HALF_DTYPES:
-        weight = weight.to(torch.float32)
+    weight = weight.to(torch.promote_types(dtype, torch.float32))
     loss = _mse_loss(x, y, "sum" if reduction == "mean" else reduction, weight.expand(shape))
     # torch divides by the weights as they were given, each counted once.
     return (loss / weight.sum() if reduction == "mean" else loss).to(dtype)

@@ -88,8 +88,9 @@ def cross_entropy(
         if label_smoothing > 0.0:
             label = (1.0 - label_smoothing) * label + label_smoothing / max(num_classes, 1)
         loss = -(class_weight * label * log_probability).sum(dim=class_dim)
-        # The size as a tensor, so that no pixel at all gives 0 / 0 = NaN and not a ZeroDivisionError.
-        normalizer = torch.full((), pixels_shape.numel(), dtype=dtype, device=input.device)
+        # The size as a tensor, so that no pixel at all, or no class, gives 0 / 0 = NaN and not a ZeroDivisionError.
+        counted = pixels_shape.numel() if num_classes > 0 else 0
+        normalizer = torch.full((), counted, dtype=dtype, device=input.device)
     else:
         if target.dtype not in _LABEL_DTYPES:
             raise TypeError(

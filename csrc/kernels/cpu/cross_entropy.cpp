@@ -28,21 +28,24 @@ enum class Visit {
   kRows,        // class-innermost, many classes: vectors along the classes
 };
 
-// Above, a row of classes fills its vectors well and a tile would outgrow the L1 cache.
-constexpr int kTransposedClasses = 192;
+// Above, a row of classes fills its vectors well, and a tile of them would outgrow its share of the L2 cache.
+constexpr int kTileClasses = 192;
 
 inline Visit choose_visit(const CrossEntropyParams& params) {
   if (params.input_layout.pixel_stride == 1) return Visit::kStrided;
-  return params.classes <= kTransposedClasses ? Visit::kTransposed : Visit::kRows;
+  return params.classes <= kTileClasses ? Visit::kTransposed : Visit::kRows;
 }
 
-// A class-major tile of our own.
+// Numbers in a class-major tile. tile_to_rows reads as many rows as a vector has lanes.
 template <class A>
-struct alignas(64) Tile {
-  static constexpr int kClasses = 192;  // above, it would outgrow its share of the L2 cache
-  A values[kClasses * kTileStride<A>];
-};
-static_assert(kTransposedClasses <= Tile<float>::kClasses, "a transposed block has to fit");
+int64_t tile_size(int64_t classes) {
+  return (classes > kLanes<A> ? classes : kLanes<A>)*kTileStride<A>;
+}
+
+// Tiles of the caller's: on the stack they would not fit a small thread's.
+int tiles_in(Visit visit, int64_t classes) {
+  return visit == Visit::kTransposed ? 2 : visit == Visit::kStrided && classes <= kTileClasses ? 1 : 0;
+}
 
 inline int64_t offset_of(const LogitLayout& layout, int64_t sample, int64_t pixel) {
   return sample * layout.sample_stride + pixel * layout.pixel_stride;
@@ -99,7 +102,7 @@ class Block {
   const int64_t flat;  // position of the first pixel in (N, S)
 
   Block(const CrossEntropyParams& params, Visit visit, const Classes<A>& classes, const Chunk& chunk, int64_t done,
-        int most)
+        int most, void* scratch)
       : count(static_cast<int>(chunk.count - done < most ? chunk.count - done : most)),
         flat(chunk.sample * params.pixels + chunk.first + done),
         params_(params),
@@ -107,14 +110,16 @@ class Block {
         classes_(classes),
         sample_(chunk.sample),
         pixel_(chunk.first + done),
-        z_(static_cast<const T*>(params.input) + offset_of(params.input_layout, sample_, pixel_)) {
+        z_(static_cast<const T*>(params.input) + offset_of(params.input_layout, sample_, pixel_)),
+        z_tile_(static_cast<A*>(scratch)),
+        y_tile_(z_tile_ + tile_size<A>(classes.count)) {
     if constexpr (kLabels == Labels::kSoft) {
       y_ = static_cast<const Y*>(params.target) + offset_of(params.target_layout, sample_, pixel_);
     }
     if (visit == Visit::kTransposed) {
-      rows_to_tile(z_, params.input_layout.pixel_stride, count, classes.count, z_tile_.values, kTileStride<A>);
+      rows_to_tile(z_, params.input_layout.pixel_stride, count, classes.count, z_tile_, kTileStride<A>);
       if constexpr (kLabels == Labels::kSoft) {
-        rows_to_tile(y_, params.target_layout.pixel_stride, count, classes.count, y_tile_.values, kTileStride<A>);
+        rows_to_tile(y_, params.target_layout.pixel_stride, count, classes.count, y_tile_, kTileStride<A>);
       }
     }
   }
@@ -126,11 +131,11 @@ class Block {
   // The sums over the classes. keep: backward() follows at once, and may find the exponentials in the tile.
   void forward(BlockSums<A>& sums, bool keep) {
     const int64_t z_stride = params_.input_layout.class_stride;
-    A* tile = z_tile_.values;
+    A* tile = z_tile_;
     switch (visit_) {
       case Visit::kStrided: {
         const int64_t y_stride = params_.target_layout.class_stride;
-        kept_ = keep && classes_.count <= Tile<A>::kClasses;
+        kept_ = keep && classes_.count <= kTileClasses;
         if (kept_) {
           forward_tile<kLabels, true>(classes_, z_, z_stride, y_, y_stride, count, sums, tile);
         } else {
@@ -141,8 +146,7 @@ class Block {
       case Visit::kTransposed:
         kept_ = true;
         if constexpr (kLabels == Labels::kSoft) {
-          forward_tile<kLabels, true>(classes_, tile, kTileStride<A>, y_tile_.values, kTileStride<A>, count, sums,
-                                      tile);
+          forward_tile<kLabels, true>(classes_, tile, kTileStride<A>, y_tile_, kTileStride<A>, count, sums, tile);
         } else {
           forward_tile<kLabels, true>(classes_, tile, kTileStride<A>, y_, 0, count, sums, tile);
         }
@@ -158,7 +162,7 @@ class Block {
     const int64_t y_stride = params_.target_layout.class_stride;
     const int64_t gradient_stride = params_.gradient_layout.class_stride;
     constexpr bool can_mask = kLabels != Labels::kSoft;
-    A* tile = z_tile_.values;
+    A* tile = z_tile_;
     switch (visit_) {
       case Visit::kStrided: {
         const auto write = [&](auto kept, auto mask, auto streamed, const auto* z, int64_t z_stride) {
@@ -185,8 +189,8 @@ class Block {
         // Logits or exponentials, then their gradient in the same place.
         const auto write = [&](auto kept) {
           if constexpr (kLabels == Labels::kSoft) {
-            backward_tile<kLabels, kept(), false, false>(classes_, tile, kTileStride<A>, y_tile_.values, kTileStride<A>,
-                                                         count, pixels, tile, kTileStride<A>);
+            backward_tile<kLabels, kept(), false, false>(classes_, tile, kTileStride<A>, y_tile_, kTileStride<A>, count,
+                                                         pixels, tile, kTileStride<A>);
           } else {
             backward_tile<kLabels, kept(), true, false>(classes_, tile, kTileStride<A>, y_, 0, count, pixels, tile,
                                                         kTileStride<A>);
@@ -219,11 +223,11 @@ class Block {
     const int64_t stride = params_.gradient_layout.pixel_stride;
     const int classes = classes_.count;
     if (!stream || stride != classes || !streaming_aligned(gradient)) {
-      tile_to_rows(z_tile_.values, kTileStride<A>, count, classes, gradient, stride);
+      tile_to_rows(z_tile_, kTileStride<A>, count, classes, gradient, stride);
       return;
     }
-    T* rows = reinterpret_cast<T*>(y_tile_.values);
-    tile_to_rows(z_tile_.values, kTileStride<A>, count, classes, rows, classes);
+    T* rows = reinterpret_cast<T*>(y_tile_);
+    tile_to_rows(z_tile_, kTileStride<A>, count, classes, rows, classes);
     const int numbers = count * classes;
     int i = 0;
     for (; i + kLanes<A> <= numbers; i += kLanes<A>) store_streaming_copy(gradient + i, rows + i);
@@ -243,8 +247,8 @@ class Block {
   const T* const z_;
   const Y* y_ = nullptr;
   bool kept_ = false;  // the tile holds exponentials
-  Tile<A> z_tile_;     // kTransposed: logits; after forward: exponentials
-  Tile<A> y_tile_;     // kTransposed: soft labels
+  A* const z_tile_;    // kTransposed: logits; after forward: exponentials
+  A* const y_tile_;    // kTransposed: soft labels
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -327,7 +331,7 @@ bool prepare_gradients(const CrossEntropyParams& params, const Classes<A>& class
 
 template <Labels kLabels, class T, class Y>
 CrossEntropyPartial forward_chunk(const CrossEntropyParams& params, Visit visit, const Classes<ComputeType<T>>& classes,
-                                  const Chunk& chunk, bool stream) {
+                                  const Chunk& chunk, bool stream, void* scratch) {
   using A = ComputeType<T>;
   using V = Vector<A>;
   using B = math::Bits<A>;
@@ -337,7 +341,7 @@ CrossEntropyPartial forward_chunk(const CrossEntropyParams& params, Visit visit,
   const int most = block_pixels<A>(params, visit);
 
   for (int64_t done = 0; done < chunk.count; done += most) {
-    Block<kLabels, T, Y> block(params, visit, classes, chunk, done, most);
+    Block<kLabels, T, Y> block(params, visit, classes, chunk, done, most, scratch);
     const int count = block.count;
     BlockSums<A> sums;
     block.forward(sums, params.gradient != nullptr);
@@ -422,11 +426,11 @@ CrossEntropyPartial label_weight_chunk(const CrossEntropyParams& params, const C
 
 template <Labels kLabels, class T, class Y>
 void backward_chunk(const CrossEntropyParams& params, Visit visit, const Classes<ComputeType<T>>& classes,
-                    const Chunk& chunk, bool stream) {
+                    const Chunk& chunk, bool stream, void* scratch) {
   using A = ComputeType<T>;
   const int most = block_pixels<A>(params, visit);
   for (int64_t done = 0; done < chunk.count; done += most) {
-    Block<kLabels, T, Y> block(params, visit, classes, chunk, done, most);
+    Block<kLabels, T, Y> block(params, visit, classes, chunk, done, most, scratch);
     BlockLabels<A> labels;
     if constexpr (kLabels != Labels::kSoft) labels.read(params, classes, block.flat, block.count);
     BlockGradients<A> pixels;
@@ -508,6 +512,13 @@ using Pointee = std::remove_pointer_t<P>;
 
 }  // namespace
 
+int64_t cross_entropy_scratch_bytes(const CrossEntropyParams& params) {
+  const int tiles = tiles_in(choose_visit(params), params.classes);
+  return tiles * (params.input_dtype == DType::kFloat64
+                      ? tile_size<double>(params.classes) * static_cast<int64_t>(sizeof(double))
+                      : tile_size<float>(params.classes) * static_cast<int64_t>(sizeof(float)));
+}
+
 void cross_entropy_label_weights(const CrossEntropyParams& params, int64_t begin, int64_t end,
                                  CrossEntropyPartial* partials) {
   const auto run = [&](const auto& classes) {
@@ -520,7 +531,7 @@ void cross_entropy_label_weights(const CrossEntropyParams& params, int64_t begin
   }
 }
 
-void cross_entropy_forward(const CrossEntropyParams& params, int64_t begin, int64_t end,
+void cross_entropy_forward(const CrossEntropyParams& params, int64_t begin, int64_t end, void* scratch,
                            CrossEntropyPartial* partials) {
   const Visit visit = choose_visit(params);
   with_types(params, [&](auto labels, auto* t, auto* y) {
@@ -528,19 +539,20 @@ void cross_entropy_forward(const CrossEntropyParams& params, int64_t begin, int6
     const auto classes = classes_of<ComputeType<T>>(params);
     const bool stream = params.gradient != nullptr && streams<T>(params, visit);
     for (int64_t i = begin; i < end; ++i) {
-      partials[i] = forward_chunk<labels(), T, Pointee<decltype(y)>>(params, visit, classes, Chunk(params, i), stream);
+      partials[i] =
+          forward_chunk<labels(), T, Pointee<decltype(y)>>(params, visit, classes, Chunk(params, i), stream, scratch);
     }
   });
 }
 
-void cross_entropy_backward(const CrossEntropyParams& params, int64_t begin, int64_t end) {
+void cross_entropy_backward(const CrossEntropyParams& params, int64_t begin, int64_t end, void* scratch) {
   const Visit visit = choose_visit(params);
   with_types(params, [&](auto labels, auto* t, auto* y) {
     using T = Pointee<decltype(t)>;
     const auto classes = classes_of<ComputeType<T>>(params);
     const bool stream = streams<T>(params, visit);
     for (int64_t i = begin; i < end; ++i) {
-      backward_chunk<labels(), T, Pointee<decltype(y)>>(params, visit, classes, Chunk(params, i), stream);
+      backward_chunk<labels(), T, Pointee<decltype(y)>>(params, visit, classes, Chunk(params, i), stream, scratch);
     }
   });
 }

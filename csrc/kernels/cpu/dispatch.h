@@ -13,7 +13,7 @@ namespace fusedloss::cpu {
 
 constexpr const char* kCapabilityVariable = "FUSEDLOSS_CPU_CAPABILITY";
 
-/// The table of the level in use. May change between two calls, so a forward pass asks once.
+/// The table of the level in use. May change between two calls; each pass over the pixels asks once.
 const KernelTable& kernels();
 
 /// Name of the level in use.

@@ -6,10 +6,12 @@
 
 namespace fusedloss::cpu::FUSEDLOSS_LEVEL {
 
+int64_t cross_entropy_scratch_bytes(const CrossEntropyParams& params);
 void cross_entropy_label_weights(const CrossEntropyParams& params, int64_t begin, int64_t end,
                                  CrossEntropyPartial* partials);
-void cross_entropy_forward(const CrossEntropyParams& params, int64_t begin, int64_t end, CrossEntropyPartial* partials);
-void cross_entropy_backward(const CrossEntropyParams& params, int64_t begin, int64_t end);
+void cross_entropy_forward(const CrossEntropyParams& params, int64_t begin, int64_t end, void* scratch,
+                           CrossEntropyPartial* partials);
+void cross_entropy_backward(const CrossEntropyParams& params, int64_t begin, int64_t end, void* scratch);
 void cross_entropy_label_backward(const CrossEntropyParams& params, int64_t begin, int64_t end);
 
 void mse_loss_forward(const MseLossParams& params, int64_t begin, int64_t end, MseLossPartial* partials);
