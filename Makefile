@@ -25,7 +25,7 @@ demo: build  ## train a small segmentation network on scenes that the program dr
 	$(PY) examples/train_segmentation.py --output build/demo $(ARGS)
 
 test: build  ## run the tests and the examples in the docstrings
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 lint: build  ## check style, types, the rule of the rooms, and the symbols of the binary
 	$(PY) -m ruff check .

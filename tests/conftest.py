@@ -30,6 +30,19 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", warning)
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what no loss has: another reduction than one of its own."""
+    kept, left_out = [], []
+    for item in items:
+        arguments = item.callspec.params if hasattr(item, "callspec") else {}
+        loss = arguments.get("loss") or getattr(arguments.get("case"), "loss", None)
+        reduction = arguments.get("reduction")
+        alone = loss is not None and reduction is not None and not loss.reductions and reduction != "mean"
+        (left_out if alone else kept).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
+
+
 @pytest.fixture(params=DEVICES)
 def device(request):
     return request.param

@@ -4,6 +4,7 @@ A case is a recipe for one kind of call, named after what is special about it. I
 many times. ``reduction`` is no part of it: every loss has the same three, and the tests run through them.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fusedloss
+
+from . import eager
 
 REDUCTIONS = ("none", "sum", "mean")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -98,13 +101,30 @@ class Maker:
 class Loss:
     name: str
     function: Callable[..., Tensor]
-    module: type[nn.Module]
+    module: Callable[..., nn.Module] | None
     reference: Callable[..., Tensor]
-    torch: Callable[..., Tensor]  # PyTorch's function, made to take what it would refuse but ours does not
-    torch_module: type[nn.Module]
+    torch: Callable[..., Tensor]  # PyTorch's function, made to take what it would refuse but ours does not; or eager.py
+    torch_module: type[nn.Module] | None  # of the two losses that PyTorch has
     cases: Mapping[str, Callable[[Maker], Call]]
     typical: tuple[str, ...]  # the cases that stand for all where a test is slow, the most telling one first
     large: Callable[[Maker, int], Call]  # a call of about so many elements, for memory and threads
+    reductions: tuple[str, ...] = REDUCTIONS  # () for a loss that is one thing
+    unreduced_is_weighted: bool = True  # "none" has the class weights in it
+    required: Mapping[str, Any] = field(default_factory=dict)  # options that have no default
+
+    def make_module(self, **options: Any) -> nn.Module:
+        if self.module is None:
+            pytest.skip(f"{self.name} is a function alone")
+        return self.module(**self.required, **options)
+
+    def make_torch_module(self, **options: Any) -> Callable[..., Tensor]:
+        if self.torch_module is None:
+            return functools.partial(self.torch, **self.required, **options)
+        return self.torch_module(**options)
+
+    def target(self, m: "Maker", samples: int, classes: int, *pixels: int) -> Tensor:
+        """A target for an input (samples, classes, *pixels)."""
+        return m.normal(samples, classes, *pixels) if self.name == "mse_loss" else m.labels(classes, samples, *pixels)
 
 
 @dataclass(frozen=True)
@@ -117,7 +137,8 @@ class Case:
     def make(
         self, dtype: torch.dtype = torch.float64, device: str = "cpu", reduction: str = "mean", seed: int = 0
     ) -> Call:
-        return self.loss.cases[self.name](Maker(dtype, device, seed)).with_options(reduction=reduction)
+        call = self.loss.cases[self.name](Maker(dtype, device, seed))
+        return call.with_options(reduction=reduction) if self.loss.reductions else call
 
 
 # ---- cross_entropy ---------------------------------------------------------------------------------------------------
@@ -237,34 +258,240 @@ def large_mse_loss(m: Maker, elements: int) -> Call:
     return difference(m.normal(elements), m.normal(elements))
 
 
+# ---- losses on probabilities -----------------------------------------------------------------------------------------
+
+
+def on_pixels(input: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any) -> Call:
+    """A call whose options may be tensors too. Soft labels get a gradient."""
+    tensors = {"input": input, "target": target} | ({} if weight is None else {"weight": weight})
+    tensors |= {name: value for name, value in options.items() if isinstance(value, Tensor)}
+    options = {name: value for name, value in options.items() if not isinstance(value, Tensor)}
+    return Call(tensors, options, ("input", "target") if target.is_floating_point() else ("input",))
+
+
+def mask(m: Maker, *shape: int) -> Tensor:
+    return (m.positive(*shape) > 0.6).to(m.device)
+
+
+# How classes are labelled and pixels weighed: of every loss on probabilities.
+LABELS: dict[str, Callable[[Maker], Call]] = {
+    "rows": lambda m: on_pixels(m.normal(7, 4), m.labels(4, 7)),
+    "image": lambda m: on_pixels(m.normal(2, 5, 3, 4), m.labels(5, 2, 3, 4)),
+    "image-everything": lambda m: on_pixels(
+        m.normal(2, 5, 3, 4),
+        m.labels(5, 2, 3, 4, ignored=-7),
+        m.positive(5),
+        ignore_index=-7,
+        pixel_weight=m.positive(2, 3, 4),
+    ),
+    "image-uint8": lambda m: on_pixels(
+        m.normal(2, 5, 3, 4), m.labels(5, 2, 3, 4, dtype=torch.uint8, ignored=255), ignore_index=255
+    ),
+    "image-ignored-class": lambda m: on_pixels(m.normal(2, 5, 3, 4), m.labels(5, 2, 3, 4, ignored=2), ignore_index=2),
+    "image-pixel-mask": lambda m: on_pixels(
+        m.normal(2, 5, 3, 4), m.labels(5, 2, 3, 4), m.positive(5), pixel_weight=mask(m, 2, 3, 4)
+    ),
+    "image-probabilities": lambda m: on_pixels(m.normal(2, 5, 3, 4), m.probabilities(2, 5, 3, 4)),
+    "image-probabilities-everything": lambda m: on_pixels(
+        m.normal(2, 5, 3, 4), m.probabilities(2, 5, 3, 4), m.positive(5), pixel_weight=m.positive(2, 3, 4)
+    ),
+    "image-channels-last": lambda m: on_pixels(
+        m.normal(2, 5, 3, 4).to(memory_format=torch.channels_last), m.labels(5, 2, 3, 4, ignored=-100), m.positive(5)
+    ),
+    "sigmoid": lambda m: on_pixels(
+        m.normal(2, 5, 3, 4), m.labels(5, 2, 3, 4, ignored=-100), m.positive(5), activation="sigmoid"
+    ),
+    "sigmoid-mask": lambda m: on_pixels(m.normal(2, 3, 3, 4), mask(m, 2, 3, 3, 4), activation="sigmoid"),
+    "sigmoid-probabilities": lambda m: on_pixels(
+        m.normal(2, 3, 3, 4), m.probabilities(2, 3, 3, 4), m.positive(3), activation="sigmoid"
+    ),
+    "binary": lambda m: on_pixels(
+        m.normal(2, 1, 3, 4),
+        m.labels(2, 2, 3, 4, dtype=torch.uint8, ignored=255),
+        activation="sigmoid",
+        ignore_index=255,
+    ),
+    "binary-mask": lambda m: on_pixels(
+        m.normal(2, 1, 3, 4), mask(m, 2, 1, 3, 4), activation="sigmoid", pixel_weight=m.positive(2, 3, 4)
+    ),
+    "probabilities-in": lambda m: on_pixels(
+        m.probabilities(2, 5, 3, 4), m.labels(5, 2, 3, 4), m.positive(5), activation="none"
+    ),
+    "probabilities-in-and-out": lambda m: on_pixels(
+        m.probabilities(2, 5, 3, 4), m.probabilities(2, 5, 3, 4), activation="none"
+    ),
+    "volume": lambda m: on_pixels(m.normal(2, 3, 2, 3, 2), m.labels(3, 2, 2, 3, 2, ignored=-100), m.positive(3)),
+}
+
+# What the overlap has beside them. Labels of a third of the classes only, so that some are absent.
+OVERLAPS: dict[str, Callable[[Maker], Call]] = {
+    "per-image": lambda m: on_pixels(
+        m.normal(3, 6, 3, 4), m.labels(3, 3, 3, 4, ignored=-100), m.positive(6), per_image=True
+    ),
+    "per-image-rows": lambda m: on_pixels(m.normal(7, 4), m.labels(4, 7), per_image=True, absent="count"),
+    "per-image-channels-last": lambda m: on_pixels(
+        m.normal(3, 6, 3, 4).to(memory_format=torch.channels_last), m.probabilities(3, 6, 3, 4), per_image=True
+    ),
+    "absent-count": lambda m: on_pixels(m.normal(2, 6, 3, 4), m.labels(2, 2, 3, 4), m.positive(6), absent="count"),
+    "absent-zero": lambda m: on_pixels(m.normal(2, 6, 3, 4), m.labels(2, 2, 3, 4), m.positive(6), absent="zero"),
+    "classes": lambda m: on_pixels(m.normal(2, 6, 3, 4), m.labels(6, 2, 3, 4), m.positive(6), classes=(4, 1, 3)),
+    "smooth": lambda m: on_pixels(m.normal(2, 6, 3, 4), m.labels(6, 2, 3, 4), smooth=1.5, absent="count"),
+    "log": lambda m: on_pixels(m.normal(2, 6, 3, 4), m.labels(6, 2, 3, 4), log=True, gamma=1.5),
+    "gamma": lambda m: on_pixels(m.normal(2, 6, 3, 4), m.probabilities(2, 6, 3, 4), gamma=0.75),
+    "product": lambda m: on_pixels(m.normal(2, 6, 3, 4), m.probabilities(2, 6, 3, 4), intersection="product"),
+}
+
+
+def large_on_probabilities(m: Maker, elements: int) -> Call:
+    classes, width = 19, 256
+    height = max(1, elements // (2 * classes * width))
+    return on_pixels(
+        m.normal(2, classes, height, width), m.labels(classes, 2, height, width, ignored=-100), m.positive(classes)
+    )
+
+
+def without_weight(call: Call) -> Call:
+    return replace(call, tensors={name: tensor for name, tensor in call.tensors.items() if name != "weight"})
+
+
+def some(
+    cases: Mapping[str, Callable[[Maker], Call]], *names: str, **options: Any
+) -> dict[str, Callable[[Maker], Call]]:
+    return {name: lambda m, name=name: cases[name](m).with_options(**options) for name in names}
+
+
+SEGMENTATION_CASES: dict[str, Callable[[Maker], Call]] = {
+    **some(LABELS, "rows", "image", "image-uint8", "image-pixel-mask", "volume", brier=0.5),
+    **some(LABELS, "image-channels-last", "image-probabilities", brier=0.5),
+    **some(LABELS, "image-everything", "image-probabilities-everything", brier=0.5, label_smoothing=0.1),
+    **some(LABELS, "sigmoid", "sigmoid-probabilities", "binary", "binary-mask", brier=0.5, label_smoothing=0.1),
+    **some(OVERLAPS, "per-image", "classes", "product"),
+    **some(LABELS, "probabilities-in", cross_entropy=0.0, brier=2.0),
+    "tversky": lambda m: LABELS["image-everything"](m).with_options(alpha=0.3, beta=0.7, iou=0.5),
+    "cross-entropy-alone": lambda m: LABELS["image-everything"](m).with_options(iou=0.0),
+    "cross-entropy-and-brier": lambda m: LABELS["image-everything"](m).with_options(iou=0.0, brier=1.0),
+    "iou-and-brier": lambda m: LABELS["image"](m).with_options(cross_entropy=0.0, brier=1.0),
+    "pos-weight": lambda m: on_pixels(
+        m.normal(2, 3, 3, 4), mask(m, 2, 3, 3, 4), m.positive(3), activation="sigmoid", pos_weight=m.positive(3)
+    ),
+}
+
 # ---- the registry ----------------------------------------------------------------------------------------------------
 
-LOSSES = (
-    Loss(
-        name="cross_entropy",
-        function=fusedloss.cross_entropy,
-        module=fusedloss.CrossEntropyLoss,
-        reference=fusedloss.reference.cross_entropy,
-        torch=torch_cross_entropy,
-        torch_module=nn.CrossEntropyLoss,
-        cases=CROSS_ENTROPY_CASES,
-        typical=("image-everything", "image-probabilities-everything", "rows"),
-        large=large_cross_entropy,
-    ),
-    Loss(
-        name="mse_loss",
-        function=fusedloss.mse_loss,
-        module=fusedloss.MSELoss,
-        reference=fusedloss.reference.mse_loss,
-        torch=F.mse_loss,
-        torch_module=nn.MSELoss,
-        cases=MSE_LOSS_CASES,
-        typical=("image-weight", "broadcast-target", "image"),
-        large=large_mse_loss,
-    ),
+CROSS_ENTROPY = Loss(
+    name="cross_entropy",
+    function=fusedloss.cross_entropy,
+    module=fusedloss.CrossEntropyLoss,
+    reference=fusedloss.reference.cross_entropy,
+    torch=torch_cross_entropy,
+    torch_module=nn.CrossEntropyLoss,
+    cases=CROSS_ENTROPY_CASES,
+    typical=("image-everything", "image-probabilities-everything", "rows"),
+    large=large_cross_entropy,
 )
+MSE_LOSS = Loss(
+    name="mse_loss",
+    function=fusedloss.mse_loss,
+    module=fusedloss.MSELoss,
+    reference=fusedloss.reference.mse_loss,
+    torch=F.mse_loss,
+    torch_module=nn.MSELoss,
+    cases=MSE_LOSS_CASES,
+    typical=("image-weight", "broadcast-target", "image"),
+    large=large_mse_loss,
+)
+SOFT_IOU_LOSS = Loss(
+    name="soft_iou_loss",
+    function=fusedloss.soft_iou_loss,
+    module=fusedloss.SoftIoULoss,
+    reference=fusedloss.reference.soft_iou_loss,
+    torch=eager.soft_iou_loss,
+    torch_module=None,
+    cases={**LABELS, **OVERLAPS},
+    typical=("image-everything", "image-probabilities-everything", "per-image"),
+    large=large_on_probabilities,
+    unreduced_is_weighted=False,
+)
+DICE_LOSS = Loss(
+    name="dice_loss",
+    function=fusedloss.dice_loss,
+    module=fusedloss.DiceLoss,
+    reference=fusedloss.reference.dice_loss,
+    torch=eager.dice_loss,
+    torch_module=None,
+    cases={**some(LABELS, "image-everything", "binary", "image-probabilities"), **some(OVERLAPS, "per-image")},
+    typical=("image-everything",),
+    large=large_on_probabilities,
+    unreduced_is_weighted=False,
+)
+TVERSKY_LOSS = Loss(
+    name="tversky_loss",
+    function=fusedloss.tversky_loss,
+    module=fusedloss.TverskyLoss,
+    reference=fusedloss.reference.tversky_loss,
+    torch=eager.tversky_loss,
+    torch_module=None,
+    cases={
+        **some(LABELS, "image-everything", "image-probabilities", "sigmoid-mask", alpha=0.3, beta=0.7),
+        **some(OVERLAPS, "per-image", "gamma", alpha=0.3, beta=0.7),
+    },
+    typical=("image-everything",),
+    large=lambda m, elements: large_on_probabilities(m, elements).with_options(alpha=0.3, beta=0.7),
+    unreduced_is_weighted=False,
+    required={"alpha": 0.3, "beta": 0.7},
+)
+BRIER_LOSS = Loss(
+    name="brier_loss",
+    function=fusedloss.brier_loss,
+    module=fusedloss.BrierLoss,
+    reference=fusedloss.reference.brier_loss,
+    torch=eager.brier_loss,
+    torch_module=None,
+    cases=LABELS,
+    typical=("image-everything", "image-probabilities-everything"),
+    large=large_on_probabilities,
+)
+SEGMENTATION_LOSS = Loss(
+    name="segmentation_loss",
+    function=fusedloss.segmentation_loss,
+    module=fusedloss.SegmentationLoss,
+    reference=fusedloss.reference.segmentation_loss,
+    torch=eager.segmentation_loss,
+    torch_module=None,
+    cases=SEGMENTATION_CASES,
+    typical=("image-everything", "image-probabilities-everything", "sigmoid"),
+    large=lambda m, elements: large_on_probabilities(m, elements).with_options(brier=1.0),
+    reductions=(),
+)
+OVERLAP_STATISTICS = Loss(
+    name="overlap_statistics",
+    function=lambda *tensors, **options: torch.stack(fusedloss.overlap_statistics(*tensors, **options)),
+    module=None,
+    reference=lambda *tensors, **options: torch.stack(fusedloss.reference.overlap_statistics(*tensors, **options)),
+    torch=eager.overlap_statistics,
+    torch_module=None,
+    cases={
+        name: lambda m, name=name: without_weight({**LABELS, **OVERLAPS}[name](m))
+        for name in ("image", "image-everything", "image-probabilities", "binary", "per-image", "product")
+    },
+    typical=("image-everything",),
+    large=lambda m, elements: without_weight(large_on_probabilities(m, elements)),
+    reductions=(),
+)
+LOSSES = (
+    CROSS_ENTROPY,
+    MSE_LOSS,
+    SOFT_IOU_LOSS,
+    DICE_LOSS,
+    TVERSKY_LOSS,
+    BRIER_LOSS,
+    SEGMENTATION_LOSS,
+    OVERLAP_STATISTICS,
+)
+TWINS = (CROSS_ENTROPY, MSE_LOSS)  # of losses that PyTorch has
 
 each_loss = pytest.mark.parametrize("loss", [pytest.param(loss, id=loss.name) for loss in LOSSES])
+each_twin = pytest.mark.parametrize("loss", [pytest.param(loss, id=loss.name) for loss in TWINS])
 each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 each_dtype = pytest.mark.parametrize("dtype", [pytest.param(d, id=str(d).removeprefix("torch.")) for d in DTYPES])
 each_typical_case = pytest.mark.parametrize(

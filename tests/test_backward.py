@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from .compare import check, evaluate, random_like
-from .registry import REDUCTIONS, each_case, each_dtype, each_reduction
+from .registry import REDUCTIONS, each_case, each_dtype, each_reduction, without_weight
 from .tolerance import assert_no_worse
 
 
@@ -51,6 +51,8 @@ def test_sum_of_the_unreduced_is_the_sum(case, device):
     gradients = {}
     for reduction in ("none", "sum"):
         plain = case.make(torch.float64, device, reduction)
+        if not case.loss.unreduced_is_weighted:
+            plain = without_weight(plain)
         call = plain.requiring_grad(plain.differentiable)
         (call.run(case.loss.function).sum() * 0.7).backward()
         gradients[reduction] = [call.tensors[name].grad for name in plain.differentiable]
@@ -77,10 +79,11 @@ def test_backward_twice_through_one_graph(case, reduction, device):
 @each_case
 def test_gradients_of_two_calls_add_up(case, device):
     plain = case.make(torch.float64, device)
-    _, gradients = evaluate(case.loss.function, plain, plain.differentiable, torch.ones((), device=device))
+    ones = torch.ones_like(plain.run(case.loss.function))
+    _, gradients = evaluate(case.loss.function, plain, plain.differentiable, ones)
     call = plain.requiring_grad(plain.differentiable)
     for _ in range(2):
-        call.run(case.loss.function).backward()
+        call.run(case.loss.function).backward(ones)
     for name in plain.differentiable:
         assert torch.equal(call.tensors[name].grad, 2 * gradients[name])
 
@@ -121,9 +124,10 @@ def test_gradient_through_what_comes_before(case, device):
     plain = case.make(torch.float64, device)
     leaves = plain.requiring_grad(plain.differentiable)
     scaled = leaves.map(lambda tensor: 0.5 * tensor, plain.differentiable)
-    scaled.run(case.loss.function).backward()
+    scaled.run(case.loss.function).sum().backward()
     halved = plain.map(lambda tensor: 0.5 * tensor, plain.differentiable)
-    _, expected = evaluate(case.loss.function, halved, plain.differentiable, torch.ones((), device=device))
+    ones = torch.ones_like(halved.run(case.loss.function))
+    _, expected = evaluate(case.loss.function, halved, plain.differentiable, ones)
     for name in plain.differentiable:
         assert_no_worse(leaves.tensors[name].grad, None, 0.5 * expected[name])
 

@@ -4,9 +4,18 @@ import pytest
 import torch
 
 from .compare import evaluate
-from .registry import LOSSES, Maker, difference, each_loss, each_reduction, indices, probabilities
+from .registry import (
+    CROSS_ENTROPY,
+    LOSSES,
+    MSE_LOSS,
+    Maker,
+    difference,
+    each_loss,
+    each_reduction,
+    indices,
+    probabilities,
+)
 
-CROSS_ENTROPY, MSE_LOSS = LOSSES
 NUMBERS_OF_THREADS = (1, 2, 3, 7)
 
 

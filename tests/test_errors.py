@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import fusedloss
 
-from .registry import each_loss
+from .registry import each_twin
 
 X = torch.linspace(-1, 1, 12).view(4, 3)  # (N, C)
 Y = torch.tensor([0, 1, 2, 0])
@@ -209,7 +209,7 @@ def test_refused_by_the_module_too(name, row):
         module(**options)(*row.arguments[:2])
 
 
-@each_loss
+@each_twin
 def test_a_good_call_after_a_bad_one(loss):
     for row in CROSS_ENTROPY if loss.name == "cross_entropy" else MSE_LOSS:
         with pytest.raises(row.error):

@@ -59,7 +59,7 @@ def test_batches_of_incoming_gradients(case, reduction, device):
 @each_loss
 def test_a_wrong_gradient_is_seen(loss, device):
     """gradcheck would notice a factor that the backward forgets."""
-    function, leaves = function_and_leaves(Case(loss, "image"), "none", device)
+    function, leaves = function_and_leaves(Case(loss, loss.typical[-1]), "none", device)
 
     class ForgetsAFactor(torch.autograd.Function):
         @staticmethod

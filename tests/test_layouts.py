@@ -4,11 +4,17 @@ import pytest
 import torch
 
 from .compare import check, evaluate, random_like
-from .registry import LOSSES, Maker, difference, each_case, each_reduction, indices, probabilities
+from .registry import (
+    CROSS_ENTROPY,
+    MSE_LOSS,
+    Maker,
+    difference,
+    each_case,
+    each_reduction,
+    indices,
+    probabilities,
+)
 from .tolerance import assert_no_worse
-
-CROSS_ENTROPY, MSE_LOSS = LOSSES
-
 
 # ---- layouts: tensor -> the same numbers at other strides ------------------------------------------------------------
 
@@ -72,6 +78,8 @@ def cropped_channels_last(tensor):
 
 
 def poison(tensor, shape):
+    if tensor.dtype == torch.bool:
+        return torch.ones(shape, dtype=tensor.dtype, device=tensor.device)
     filler = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
     return torch.full(shape, filler, dtype=tensor.dtype, device=tensor.device)
 

@@ -11,10 +11,19 @@ import torch
 from fusedloss import _C
 
 from .compare import check, evaluate
-from .registry import LOSSES, Maker, difference, each_case, each_dtype, each_reduction, indices, probabilities
+from .registry import (
+    CROSS_ENTROPY,
+    MSE_LOSS,
+    Maker,
+    difference,
+    each_case,
+    each_dtype,
+    each_reduction,
+    indices,
+    probabilities,
+)
 from .tolerance import assert_no_worse
 
-CROSS_ENTROPY, MSE_LOSS = LOSSES
 LEVELS = _C.cpu_capabilities()
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import fusedloss
 
-from .registry import Maker, each_loss, each_reduction
+from .registry import Maker, each_reduction, each_twin
 
 W = torch.tensor([0.5, 1.0, 2.0, 0.25, 1.5])
 
@@ -29,7 +29,7 @@ def weight_for(loss):
     return W.clone() if loss.name == "cross_entropy" else Maker(torch.float32).positive(2, 5, 3)
 
 
-@each_loss
+@each_twin
 @each_reduction
 def test_gives_what_the_function_and_torch_give(loss, reduction, device):
     module = build(loss, reduction=reduction)
@@ -38,7 +38,7 @@ def test_gives_what_the_function_and_torch_give(loss, reduction, device):
     torch.testing.assert_close(module(input, target), loss.torch_module(reduction=reduction)(input, target))
 
 
-@each_loss
+@each_twin
 def test_every_option_of_the_function(loss):
     """Same names, same defaults; all keyword-only but cross_entropy's weight, as in the function."""
     of_function = inspect.signature(loss.function).parameters
@@ -64,7 +64,7 @@ def test_options_are_passed_on(device):
     torch.testing.assert_close(fusedloss.MSELoss(weight=weight, reduction="sum")(input, target), expected)
 
 
-@each_loss
+@each_twin
 def test_is_a_module_without_parameters(loss):
     module = build(loss)
     assert isinstance(module, nn.Module)
@@ -73,7 +73,7 @@ def test_is_a_module_without_parameters(loss):
     assert module.weight is None
 
 
-@each_loss
+@each_twin
 def test_prints_itself(loss):
     text = repr(build(loss, reduction="sum"))
     assert text.startswith(f"{loss.module.__name__}(")
@@ -84,7 +84,7 @@ def test_prints_itself(loss):
         assert "label_smoothing=0.1" in text
 
 
-@each_loss
+@each_twin
 def test_weight_is_state(loss):
     weight = weight_for(loss)
     module = build(loss, weight=weight)
@@ -104,7 +104,7 @@ def test_state_is_exchanged_with_torch():
     nn.CrossEntropyLoss().load_state_dict(fusedloss.CrossEntropyLoss().state_dict())
 
 
-@each_loss
+@each_twin
 def test_to_moves_the_weight(loss):
     weight = weight_for(loss)
     module = build(loss, weight=weight)
@@ -117,7 +117,7 @@ def test_to_moves_the_weight(loss):
     assert build(loss, weight=weight).to("meta").weight.device.type == "meta"
 
 
-@each_loss
+@each_twin
 def test_copies(loss):
     weight = weight_for(loss)
     module = build(loss, weight=weight, reduction="sum")
@@ -139,7 +139,7 @@ def test_copies(loss):
     assert torch.equal(module(input, target), expected)
 
 
-@each_loss
+@each_twin
 def test_in_a_container(loss):
     class Model(nn.Module):
         def __init__(self):
@@ -154,14 +154,14 @@ def test_in_a_container(loss):
     model.zero_grad()
 
 
-@each_loss
+@each_twin
 def test_weight_is_kept_not_copied(loss):
     """As in torch.nn: the buffer is the tensor that was given."""
     weight = weight_for(loss)
     assert build(loss, weight=weight).weight is weight
 
 
-@each_loss
+@each_twin
 def test_trains(loss, device):
     """One step of gradient descent lowers the loss, and is the same step as with torch.nn's module."""
     results = []

@@ -101,7 +101,11 @@ def test_opcheck(name):
     seen = set()
     for case, operation, args, kwargs in recorded()[name]:
         kind = tuple(
-            (a.dtype, a.dim(), a.stride() == torch.empty(a.shape).stride()) if isinstance(a, torch.Tensor) else a
+            (a.dtype, a.dim(), a.stride() == torch.empty(a.shape).stride())
+            if isinstance(a, torch.Tensor)
+            else tuple(a)
+            if isinstance(a, list)
+            else a
             for a in args
         )
         if kind in seen:

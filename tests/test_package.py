@@ -14,7 +14,26 @@ from fusedloss import _C
 
 from .registry import each_loss
 
-PUBLIC = {"cross_entropy", "mse_loss", "CrossEntropyLoss", "MSELoss", "reference", "show_config", "__version__"}
+PUBLIC = {
+    "BrierLoss",
+    "CrossEntropyLoss",
+    "DiceLoss",
+    "MSELoss",
+    "SegmentationLoss",
+    "SoftIoULoss",
+    "TverskyLoss",
+    "__version__",
+    "brier_loss",
+    "cross_entropy",
+    "dice_loss",
+    "mse_loss",
+    "overlap_statistics",
+    "reference",
+    "segmentation_loss",
+    "show_config",
+    "soft_iou_loss",
+    "tversky_loss",
+}
 
 
 def test_public_names():
@@ -34,11 +53,26 @@ def test_version():
     assert _C.build_info()["version"] == fusedloss.__version__
 
 
+GROUPS = "classes=None, per_image=False, absent='skip', smooth=0.0, eps=1e-07, log=False, gamma=1.0, intersection='min'"
+PIXELS = "activation='softmax', pixel_weight=None, ignore_index=-100"
+TERMS = "cross_entropy=1.0, iou=1.0, brier=0.0, alpha=1.0, beta=1.0, label_smoothing=0.0, pos_weight=None"
+OF_MODULE = "activation='softmax', ignore_index=-100"
 SIGNATURES = {
     "cross_entropy": "(input, target, weight=None, *, ignore_index=-100, reduction='mean', label_smoothing=0.0)",
     "mse_loss": "(input, target, *, reduction='mean', weight=None)",
     "CrossEntropyLoss": "(weight=None, *, ignore_index=-100, reduction='mean', label_smoothing=0.0)",
     "MSELoss": "(*, reduction='mean', weight=None)",
+    "soft_iou_loss": f"(input, target, weight=None, *, {PIXELS}, {GROUPS}, reduction='mean')",
+    "dice_loss": f"(input, target, weight=None, *, {PIXELS}, {GROUPS}, reduction='mean')",
+    "tversky_loss": f"(input, target, weight=None, *, alpha, beta, {PIXELS}, {GROUPS}, reduction='mean')",
+    "brier_loss": f"(input, target, weight=None, *, {PIXELS}, reduction='mean')",
+    "segmentation_loss": f"(input, target, weight=None, *, {TERMS}, {PIXELS}, {GROUPS}, return_terms=False)",
+    "overlap_statistics": f"(input, target, *, {PIXELS}, per_image=False, intersection='min')",
+    "SoftIoULoss": f"(weight=None, *, {OF_MODULE}, {GROUPS}, reduction='mean')",
+    "DiceLoss": f"(weight=None, *, {OF_MODULE}, {GROUPS}, reduction='mean')",
+    "TverskyLoss": f"(weight=None, *, alpha, beta, {OF_MODULE}, {GROUPS}, reduction='mean')",
+    "BrierLoss": f"(weight=None, *, {OF_MODULE}, reduction='mean')",
+    "SegmentationLoss": f"(weight=None, *, {TERMS}, {OF_MODULE}, {GROUPS}, return_terms=False)",
 }
 
 
@@ -54,7 +88,7 @@ def test_the_reference_has_the_same_signature(loss):
     def names(function):
         return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
 
-    assert names(loss.reference) == names(loss.function)
+    assert names(getattr(fusedloss.reference, loss.name)) == names(getattr(fusedloss, loss.name))
     assert loss.name in fusedloss.reference.__all__
 
 
@@ -68,7 +102,8 @@ def test_is_documented(name):
 @each_loss
 def test_has_types(loss):
     assert (Path(fusedloss.__file__).parent / "py.typed").exists()
-    for function in (loss.function, loss.reference, loss.module.__init__, loss.module.forward):
+    methods = () if loss.module is None else (loss.module.__init__, loss.module.forward)
+    for function in (getattr(fusedloss, loss.name), getattr(fusedloss.reference, loss.name), *methods):
         for parameter in list(inspect.signature(function).parameters.values()):
             assert parameter.name == "self" or parameter.annotation is not inspect.Parameter.empty
 

@@ -283,8 +283,7 @@ def test_gradient_of_each_sample(case, device):
     parameters = dict(model.named_parameters())
     m = Maker(torch.float64, device)
     samples = m.normal(4, 6)
-    is_index = "input" in case.make().differentiable and len(case.make().differentiable) == 1
-    targets = m.labels(5, 4) if is_index else m.normal(4, 5)
+    targets = case.loss.target(m, 4, 5)
 
     def per_sample(loss):
         def of_parameters(parameters, sample, target):
@@ -292,7 +291,7 @@ def test_gradient_of_each_sample(case, device):
 
         return func.vmap(func.grad(of_parameters), in_dims=(None, 0, 0))(parameters, samples, targets)
 
-    assert_same(per_sample(case.loss.module()), per_sample(case.loss.torch_module()))
+    assert_same(per_sample(case.loss.make_module()), per_sample(case.loss.make_torch_module()))
 
 
 @each_reduction
@@ -329,10 +328,10 @@ def test_nothing_as_large_as_the_input_escapes_the_hooks(case, device):
     with torch.autograd.graph.save_on_cpu():
         value = call.run(case.loss.function)
     assert getattr(value.grad_fn, "gradient", None) is None
-    value.backward()
+    value.sum().backward()
     assert_same(
         (call.tensors["input"].grad,),
-        eager_grad(lambda x: call.with_tensors(input=x).run(case.loss.torch), (call.tensors["input"],)),
+        eager_grad(lambda x: call.with_tensors(input=x).run(case.loss.torch).sum(), (call.tensors["input"],)),
     )
 
 
@@ -357,12 +356,15 @@ def test_compile_with_other_shapes(case, device):
     compiled = torch.compile(case.loss.function, fullgraph=True, backend="aot_eager")
     for repeats in (1, 2, 3, 5):
         call = case.make(torch.float64, device)
-        batched = {"input", "target"} | ({"weight"} if call.tensors["weight"].dim() > 1 else set())
+        batched = {name for name, tensor in call.tensors.items() if tensor.dim() > 1}
         call = call.map(lambda t, repeats=repeats: torch.cat([t] * repeats), batched)
         assert_same(call.run(compiled), call.run(case.loss.torch))
         ours, tensors = call.on(compiled, call.differentiable)
         theirs, _ = call.on(case.loss.torch, call.differentiable)
-        assert_same(eager_grad(ours, tensors), eager_grad(theirs, tensors))
+        assert_same(
+            eager_grad(lambda *ts, f=ours: f(*ts).sum(), tensors),
+            eager_grad(lambda *ts, f=theirs: f(*ts).sum(), tensors),
+        )
 
 
 @pytest.mark.compile
@@ -377,7 +379,7 @@ def test_compile_gives_the_same_bits(case, device):
         for function in (case.loss.function, torch.compile(case.loss.function, fullgraph=True, backend="aot_eager")):
             call = plain.requiring_grad(plain.differentiable)
             value = call.run(function)
-            value.backward()
+            value.sum().backward()
             results.append([value, *(call.tensors[name].grad for name in plain.differentiable)])
         for eager, compiled in zip(*results, strict=True):
             assert torch.equal(eager, compiled)
@@ -442,9 +444,9 @@ def test_transform_of_the_compiled(case, reduction, transform, device):
 @first_cases
 def test_export(case, reduction, device):
     torch.manual_seed(0)
-    step = Step(case.loss.module(reduction=reduction)).to(device)
+    step = Step(case.loss.make_module(**({"reduction": reduction} if case.loss.reductions else {}))).to(device)
     m = Maker(torch.float64, device)
-    target = m.labels(5, 2, 4, 4) if case.loss.name == "cross_entropy" else m.normal(2, 5, 4, 4)
+    target = case.loss.target(m, 2, 5, 4, 4)
     example = (m.normal(2, 3, 4, 4), target)
     size = torch.export.Dim.AUTO
     program = torch.export.export(step, example, dynamic_shapes=({0: size, 2: size, 3: size}, None))
@@ -464,10 +466,10 @@ def test_export(case, reduction, device):
 def test_transform_of_the_exported(case, transform, device):
     """An exported program holds the bare operation. It may refuse a transform, but not give a wrong derivative."""
     m = Maker(torch.float64, device)
-    target = m.labels(5, 2, 4) if case.loss.name == "cross_entropy" else m.normal(2, 5, 4)
+    target = case.loss.target(m, 2, 5, 4)
     example = (m.normal(2, 5, 4), target)
-    exported = torch.export.export(case.loss.module(), example).module()
-    expected = transform(lambda x: case.loss.torch(x, target), example[:1])
+    exported = torch.export.export(case.loss.make_module(), example).module()
+    expected = transform(lambda x: case.loss.make_torch_module()(x, target), example[:1])
     try:
         result = transform(lambda x: exported(x, target), example[:1])
     except (RuntimeError, NotImplementedError):

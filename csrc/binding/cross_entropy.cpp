@@ -12,15 +12,11 @@
 namespace fusedloss {
 namespace {
 
-// Class indices are 32-bit in the kernels, and loops run a vector or a block past the last.
-constexpr int64_t kMostClasses = std::numeric_limits<int32_t>::max() - 1024;
-
 // The arguments after the checks, with whatever had to be copied.
 struct Call {
   Tensor input;
   Tensor target;
-  std::vector<double> weight64;
-  std::vector<float> weight32;
+  ClassWeights class_weights;
   std::vector<int64_t> target_sizes;
   LogitView view;
   CrossEntropyParams params{};
@@ -38,9 +34,7 @@ struct Call {
     require(params.target_dtype != DType::kBool, op, "target must be class indices or probabilities");
     readable(input, op);
     readable(target, op);
-    // Before anything is copied: so many classes may be one number, expanded.
-    require(input.sizes()[input.dim() == 1 ? 0 : 1] <= kMostClasses, op,
-            "there must be fewer than 2^31 - 1024 classes");
+    require_class_count(op, input);
     input = readable_logits(input);
 
     const std::vector<int64_t> sizes = sizes_of(input);
@@ -70,7 +64,9 @@ struct Call {
     params.target = readable(target, op);
     params.ignore_index = ignore_index;
     params.label_smoothing = label_smoothing;
-    read_weight(op, weight);
+    class_weights = ClassWeights(op, weight, params.classes, float64());
+    params.weight = class_weights.data();
+    params.weight_sum = class_weights.sum(params.classes);
     const bool empty = params.classes == 0 || params.samples * params.pixels == 0;
     chunks = empty ? 0 : params.samples * cross_entropy_chunks_per_sample(params.classes, params.pixels);
   }
@@ -91,27 +87,6 @@ struct Call {
     return static_cast<char*>(statistics) + 2 * pixel_count() * (float64() ? sizeof(double) : sizeof(float));
   }
   void point_into(void* statistics) { float64() ? point_into<double>(statistics) : point_into<float>(statistics); }
-
- private:
-  void read_weight(const char* op, const std::optional<Tensor>& weight) {
-    params.weight_sum = static_cast<double>(params.classes);
-    if (!weight.has_value()) return;
-    const DType dtype = dtype_of(*weight, op);
-    require(is_floating(dtype), op, "weight must be of a floating dtype");
-    readable(*weight, op);
-    require(weight->dim() == 1 && weight->numel() == params.classes, op, "weight must have one number a class");
-    const Tensor values = torch::stable::contiguous(torch::stable::to(*weight, ScalarType::Double));
-    const double* data = static_cast<const double*>(values.const_data_ptr());
-    params.weight_sum = 0.0;
-    for (int64_t c = 0; c < params.classes; ++c) params.weight_sum += data[c];
-    if (float64()) {
-      weight64.assign(data, data + params.classes);
-      params.weight = weight64.data();
-    } else {
-      weight32.assign(data, data + params.classes);
-      params.weight = weight32.data();
-    }
-  }
 };
 
 // Under autocast a two-byte input gives a float32 loss.
@@ -121,12 +96,6 @@ DType loss_dtype_of(const Call& call, bool float32_loss) {
   // torch promotes probabilities and logits.
   const bool promoted = params.soft_labels && params.target_dtype == DType::kFloat32;
   return float32_loss || promoted ? DType::kFloat32 : params.input_dtype;
-}
-
-std::vector<int64_t> pixel_sizes(const Tensor& input) {
-  std::vector<int64_t> sizes = sizes_of(input);
-  sizes.erase(sizes.begin() + (sizes.size() == 1 ? 0 : 1));
-  return sizes;
 }
 
 [[noreturn]] void throw_bad_label(const Call& call, int64_t flat) {

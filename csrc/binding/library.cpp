@@ -19,6 +19,19 @@ STABLE_TORCH_LIBRARY(fusedloss, m) {
       "_cross_entropy_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor statistics, "
       "int ignore_index, int reduction, float label_smoothing, int operand) -> Tensor");
 
+  // All losses on probabilities are settings of one op: `output` says what of it is wanted.
+#define FUSEDLOSS_TENSORS "Tensor input, Tensor target, Tensor? weight, Tensor? pixel_weight, Tensor? pos_weight, "
+#define FUSEDLOSS_OPTIONS                                                                                             \
+  "int activation, int ignore_index, int output, float cross_entropy, float iou, float brier, float alpha, "          \
+  "float beta, float label_smoothing, int[] classes, bool per_image, int absent, float smooth, float eps, bool log, " \
+  "float gamma, int intersection"
+  m.def("segmentation(" FUSEDLOSS_TENSORS FUSEDLOSS_OPTIONS ") -> (Tensor, Tensor)");
+  m.def("_segmentation_forward(" FUSEDLOSS_TENSORS FUSEDLOSS_OPTIONS ", bool keep) -> (Tensor, Tensor, Tensor)");
+  m.def("_segmentation_backward(Tensor grad, " FUSEDLOSS_TENSORS "Tensor statistics, " FUSEDLOSS_OPTIONS
+        ", int operand) -> Tensor");
+#undef FUSEDLOSS_TENSORS
+#undef FUSEDLOSS_OPTIONS
+
   m.def("mse_loss(Tensor input, Tensor target, Tensor? weight, int reduction, bool float32_loss) -> Tensor");
   m.def(
       "_mse_loss_forward(Tensor input, Tensor target, Tensor? weight, int reduction, bool float32_loss, "
@@ -36,6 +49,9 @@ STABLE_TORCH_LIBRARY_IMPL(fusedloss, CPU, m) {
   m.impl("_cross_entropy_forward", TORCH_BOX(&fusedloss::cross_entropy_forward));
   m.impl("_cross_entropy_rescale_", TORCH_BOX(&fusedloss::cross_entropy_rescale));
   m.impl("_cross_entropy_backward", TORCH_BOX(&fusedloss::cross_entropy_backward));
+  m.impl("segmentation", TORCH_BOX(&fusedloss::segmentation));
+  m.impl("_segmentation_forward", TORCH_BOX(&fusedloss::segmentation_forward));
+  m.impl("_segmentation_backward", TORCH_BOX(&fusedloss::segmentation_backward));
   m.impl("mse_loss", TORCH_BOX(&fusedloss::mse_loss));
   m.impl("_mse_loss_forward", TORCH_BOX(&fusedloss::mse_loss_forward));
   m.impl("_mse_loss_rescale_", TORCH_BOX(&fusedloss::mse_loss_rescale));

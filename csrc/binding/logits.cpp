@@ -1,6 +1,7 @@
 #include "binding/logits.h"
 
 #include <algorithm>
+#include <limits>
 
 namespace fusedloss {
 
@@ -56,13 +57,21 @@ struct Geometry {
 
 }  // namespace
 
-LogitView view_logits(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+void require_class_count(const char* op, const Tensor& input) {
+  constexpr int64_t most = std::numeric_limits<int32_t>::max() - 1024;
+  require(input.sizes()[input.dim() == 1 ? 0 : 1] <= most, op, "there must be fewer than 2^31 - 1024 classes");
+}
+
+LogitView view_logits(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, bool keep_samples) {
   using Fold = LogitView::Fold;
   const Geometry geometry(sizes, strides);
   LogitView view;
   view.classes = geometry.classes;
   view.readable = geometry.mergeable;
-  view.fold = geometry.spatial == 1 ? Fold::kRows : geometry.samples_are_pixels() ? Fold::kAll : Fold::kSpatial;
+  view.fold = keep_samples                    ? Fold::kSpatial
+              : geometry.spatial == 1         ? Fold::kRows
+              : geometry.samples_are_pixels() ? Fold::kAll
+                                              : Fold::kSpatial;
   view.layout = geometry.folded(view.fold);
   view.samples = view.fold == Fold::kSpatial ? geometry.samples : 1;
   view.pixels = view.fold == Fold::kSpatial ? geometry.spatial : geometry.spatial * geometry.samples;
@@ -120,6 +129,35 @@ std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, const std:
     return dense;
   }
   return contiguous;
+}
+
+std::vector<int64_t> pixel_sizes(const Tensor& input) {
+  std::vector<int64_t> sizes = sizes_of(input);
+  sizes.erase(sizes.begin() + (sizes.size() == 1 ? 0 : 1));
+  return sizes;
+}
+
+ClassWeights::ClassWeights(const char* op, const std::optional<Tensor>& weight, int64_t classes, bool compute_float64) {
+  if (!weight.has_value()) return;
+  require(is_floating(dtype_of(*weight, op)), op, "weight must be of a floating dtype");
+  require(weight->dim() == 1 && weight->numel() == classes, op, "weight must have one number a class");
+  readable(*weight, op);
+  const Tensor values = torch::stable::contiguous(torch::stable::to(*weight, ScalarType::Double));
+  const double* numbers = static_cast<const double*>(values.const_data_ptr());
+  float64.assign(numbers, numbers + classes);
+  if (!compute_float64) float32.assign(numbers, numbers + classes);
+}
+
+const void* ClassWeights::data() const {
+  if (!float32.empty()) return float32.data();
+  return float64.empty() ? nullptr : static_cast<const void*>(float64.data());
+}
+
+double ClassWeights::sum(int64_t classes) const {
+  if (float64.empty()) return static_cast<double>(classes);
+  double sum = 0.0;
+  for (double weight : float64) sum += weight;
+  return sum;
 }
 
 Tensor readable_logits(const Tensor& tensor) {

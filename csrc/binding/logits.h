@@ -25,7 +25,13 @@ struct LogitView {
   bool class_innermost() const { return layout.pixel_stride != 1; }
 };
 
-LogitView view_logits(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides);
+// Classes are numbered in 32 bits, and loops run a vector or a block past the last. To be asked before anything is
+// copied: so many classes may be one number, expanded.
+void require_class_count(const char* op, const Tensor& input);
+
+// keep_samples: samples stay samples, whatever the memory allows.
+LogitView view_logits(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                      bool keep_samples = false);
 
 // The layout of another tensor of the same sizes under the folding and in the order of `view`. Throws where it lies in
 // another.
@@ -35,6 +41,21 @@ LogitLayout layout_under(const LogitView& view, const Tensor& tensor, const char
 // channels_last, or transposed rows; contiguous also where the kernels visit a contiguous copy. _ops.py has the same
 // rule.
 std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides);
+
+// The sizes without the class dimension.
+std::vector<int64_t> pixel_sizes(const Tensor& input);
+
+// The weights of the classes in the type that the kernels compute in; none for ones.
+struct ClassWeights {
+  std::vector<double> float64;  // (C,), or empty
+  std::vector<float> float32;   // (C,), or empty; where the kernels compute in float32
+
+  ClassWeights() = default;
+  ClassWeights(const char* op, const std::optional<Tensor>& weight, int64_t classes, bool compute_float64);
+  const void* data() const;
+  double operator[](int64_t c) const { return float64.empty() ? 1.0 : float64[c]; }
+  double sum(int64_t classes) const;
+};
 
 // `tensor`, or a copy of it that is readable.
 Tensor readable_logits(const Tensor& tensor);

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace fusedloss {
 
@@ -28,6 +29,33 @@ torch::stable::Tensor cross_entropy_backward(torch::stable::Tensor grad, torch::
                                              torch::stable::Tensor target, std::optional<torch::stable::Tensor> weight,
                                              torch::stable::Tensor statistics, int64_t ignore_index, int64_t reduction,
                                              double label_smoothing, int64_t operand);
+
+// (loss, terms): the value that `output` asks for, and (3,) cross-entropy, overlap and Brier term before their factors.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> segmentation(
+    torch::stable::Tensor input, torch::stable::Tensor target, std::optional<torch::stable::Tensor> weight,
+    std::optional<torch::stable::Tensor> pixel_weight, std::optional<torch::stable::Tensor> pos_weight,
+    int64_t activation, int64_t ignore_index, int64_t output, double cross_entropy, double iou, double brier,
+    double alpha, double beta, double label_smoothing, std::vector<int64_t> classes, bool per_image, int64_t absent,
+    double smooth, double eps, bool log, double gamma, int64_t intersection);
+
+// (loss, terms, statistics for the backward: empty without `keep`)
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> segmentation_forward(
+    torch::stable::Tensor input, torch::stable::Tensor target, std::optional<torch::stable::Tensor> weight,
+    std::optional<torch::stable::Tensor> pixel_weight, std::optional<torch::stable::Tensor> pos_weight,
+    int64_t activation, int64_t ignore_index, int64_t output, double cross_entropy, double iou, double brier,
+    double alpha, double beta, double label_smoothing, std::vector<int64_t> classes, bool per_image, int64_t absent,
+    double smooth, double eps, bool log, double gamma, int64_t intersection, bool keep);
+
+// The gradient of operand 0 (input) or 1 (soft labels).
+torch::stable::Tensor segmentation_backward(torch::stable::Tensor grad, torch::stable::Tensor input,
+                                            torch::stable::Tensor target, std::optional<torch::stable::Tensor> weight,
+                                            std::optional<torch::stable::Tensor> pixel_weight,
+                                            std::optional<torch::stable::Tensor> pos_weight,
+                                            torch::stable::Tensor statistics, int64_t activation, int64_t ignore_index,
+                                            int64_t output, double cross_entropy, double iou, double brier,
+                                            double alpha, double beta, double label_smoothing,
+                                            std::vector<int64_t> classes, bool per_image, int64_t absent, double smooth,
+                                            double eps, bool log, double gamma, int64_t intersection, int64_t operand);
 
 torch::stable::Tensor mse_loss(torch::stable::Tensor input, torch::stable::Tensor target,
                                std::optional<torch::stable::Tensor> weight, int64_t reduction, bool float32_loss);

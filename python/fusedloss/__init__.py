@@ -4,17 +4,45 @@ from importlib.metadata import version as _version
 
 from fusedloss import reference
 from fusedloss._ops import show_config
-from fusedloss.functional import cross_entropy, mse_loss
-from fusedloss.modules import CrossEntropyLoss, MSELoss
+from fusedloss.functional import (
+    brier_loss,
+    cross_entropy,
+    dice_loss,
+    mse_loss,
+    overlap_statistics,
+    segmentation_loss,
+    soft_iou_loss,
+    tversky_loss,
+)
+from fusedloss.modules import (
+    BrierLoss,
+    CrossEntropyLoss,
+    DiceLoss,
+    MSELoss,
+    SegmentationLoss,
+    SoftIoULoss,
+    TverskyLoss,
+)
 
 __version__ = _version("fusedloss")
 
 __all__ = [
+    "BrierLoss",
     "CrossEntropyLoss",
+    "DiceLoss",
     "MSELoss",
+    "SegmentationLoss",
+    "SoftIoULoss",
+    "TverskyLoss",
     "__version__",
+    "brier_loss",
     "cross_entropy",
+    "dice_loss",
     "mse_loss",
+    "overlap_statistics",
     "reference",
+    "segmentation_loss",
     "show_config",
+    "soft_iou_loss",
+    "tversky_loss",
 ]

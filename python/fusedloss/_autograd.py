@@ -28,7 +28,8 @@ _transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_acti
 _is_legacy_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
 Tensors = tuple[Tensor | None, ...]
-_TENSORS = 3  # every loss has input, target and weight (a Tensor or None)
+# A loss, or with it what is given beside it and has no derivative.
+Value = Tensor | tuple[Tensor, Tensor]
 _LOSS_ARGUMENTS = 4  # of _Function, before the tensors
 _ONLY_INPUT = (False,) * _LOSS_ARGUMENTS + (True, False, False)  # of its arguments, requires a gradient
 _NONES = (None,) * _LOSS_ARGUMENTS
@@ -38,29 +39,32 @@ _NONES = (None,) * _LOSS_ARGUMENTS
 class Loss:
     """What the wrapper has to know of a loss.
 
-    tensors: its tensor arguments in the order of the op's schema. options: those that are not tensors, likewise.
+    tensors: its tensor arguments (or None) in the order of the op's schema. options: those that are not tensors,
+    likewise. value: the loss, or a tuple of the loss and what has no derivative.
 
     Attributes:
-        name: of the public function.
-        public: the op ``(*tensors, *options, float32_loss) -> loss``, with a derivative.
-        forward: the private op ``(*tensors, *options, float32_loss, keep) -> (loss, what keep asks for)``.
+        name: of the public op.
+        tensor_count: how many tensors there are.
+        public: the op ``(*tensors, *options, float32_loss) -> value``, with a derivative.
+        forward: the private op ``(*tensors, *options, float32_loss, keep) -> (value, what keep asks for)``.
         rescale: ``(gradient, grad, *tensors, *options)``: turns the gradient of tensors[0] that a forward kept, for an
             incoming gradient of 1, into the one for `grad`, in place.
         backward: ``(grad, *tensors, statistics, *options, operand) -> gradient of tensors[operand]``.
         can_keep_gradient: whether the forward can, for these ``(tensors, options)``.
-        reference: ``(*tensors, *options) -> loss`` in plain PyTorch operations.
+        reference: ``(*tensors, *options) -> value`` in plain PyTorch operations.
     """
 
     name: str
-    public: Callable[..., Tensor]
-    forward: Callable[..., tuple[Tensor, Tensor]]
+    tensor_count: int
+    public: Callable[..., Any]
+    forward: Callable[..., tuple[Value, Tensor]]
     rescale: Callable[..., None]
     backward: Callable[..., Tensor]
     can_keep_gradient: Callable[[Tensors, tuple[Any, ...]], bool]
-    reference: Callable[..., Tensor]
+    reference: Callable[..., Any]
 
 
-def apply(loss: Loss, tensors: Tensors, options: tuple[Any, ...], float32_loss: bool) -> Tensor:
+def apply(loss: Loss, tensors: Tensors, options: tuple[Any, ...], float32_loss: bool) -> Any:
     """The value of `loss`, differentiable with respect to each of `tensors` that requires a gradient.
 
     float32_loss: two-byte inputs give a float32 result (inside autocast).
@@ -101,7 +105,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, loss: Loss, options: tuple[Any, ...], float32_loss: bool, eager: bool, *tensors: Tensor | None
-    ) -> Tensor:
+    ) -> Value:
         ctx.loss = loss
         ctx.options = options
         if (
@@ -115,10 +119,12 @@ class _Function(torch.autograd.Function):
         else:
             result, statistics = loss.forward(*tensors, *options, float32_loss, _ops.KEEP_STATISTICS)
             ctx.save_for_backward(*tensors, statistics)
+        if type(result) is tuple:
+            ctx.mark_non_differentiable(result[1])
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Any, ...]:
         return *_NONES, *_Function.gradients(ctx, grad, ctx.needs_input_grad[_LOSS_ARGUMENTS:])
 
     @staticmethod
@@ -127,8 +133,8 @@ class _Function(torch.autograd.Function):
         # A transform or a tangent may also meet a graph that was built before: in the incoming gradient.
         if torch.is_grad_enabled() or _transforms_active() or forward_ad._current_level >= 0:
             ctx.gradient = None
-            return _formula_gradients(loss, options, saved[:_TENSORS], grad, wanted)
-        if len(saved) == _TENSORS:
+            return _formula_gradients(loss, options, saved[: loss.tensor_count], grad, wanted)
+        if len(saved) == loss.tensor_count:
             if not _is_legacy_batched(grad):
                 # Handed over, not lent: what becomes .grad must not be changed by a second backward.
                 gradient, ctx.gradient = ctx.gradient, None
@@ -143,7 +149,7 @@ class _Function(torch.autograd.Function):
         ]
 
 
-_apply_function: Callable[..., Tensor] = _Function.apply
+_apply_function: Callable[..., Any] = _Function.apply
 
 
 def _formula_gradients(
@@ -155,11 +161,12 @@ def _formula_gradients(
     """
 
     # A function of its operands alone: a target that was computed from the input does not lend the input its gradient.
-    def value_of(*operands: Tensor) -> Tensor:
+    def value_of(*operands: Tensor) -> Any:
         given = iter(operands)
-        return loss.reference(
+        value = loss.reference(
             *(next(given) if needed else t for t, needed in zip(tensors, wanted, strict=True)), *options
         )
+        return value[0] if isinstance(value, tuple) else value
 
     operands = [t for t, needed in zip(tensors, wanted, strict=True) if t is not None and needed]
     value, pull_back, *_ = torch.func.vjp(value_of, *operands)
@@ -167,14 +174,15 @@ def _formula_gradients(
     return [next(found) if needed else None for needed in wanted]
 
 
-def _kernel_of_public_op(loss: Loss) -> Callable[..., Tensor]:
+def _kernel_of_public_op(loss: Loss) -> Callable[..., Any]:
     """What the public op does where autograd is on: asks the doors again.
 
     Tracers meet the op inside a module that was compiled or exported, and may then transform or differentiate that.
     """
 
-    def kernel(*arguments: Any) -> Tensor:
-        tensors, options, float32_loss = arguments[:_TENSORS], arguments[_TENSORS:-1], arguments[-1]
+    def kernel(*arguments: Any) -> Any:
+        count = loss.tensor_count
+        tensors, options, float32_loss = arguments[:count], arguments[count:-1], arguments[-1]
         if _transforms_active() or forward_ad._current_level >= 0:
             return loss.reference(*tensors, *options)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
@@ -237,8 +245,94 @@ def _cross_entropy_backward(
     return gradient
 
 
+_ACTIVATIONS = ("softmax", "sigmoid", "none")
+_ABSENT = ("skip", "count", "zero")
+_INTERSECTIONS = ("min", "product")
+
+
+def _reference_segmentation(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    pos_weight: Tensor | None,
+    activation: int,
+    ignore_index: int,
+    output: int,
+    cross_entropy: float,
+    iou: float,
+    brier: float,
+    alpha: float,
+    beta: float,
+    label_smoothing: float,
+    classes: list[int],
+    per_image: bool,
+    absent: int,
+    smooth: float,
+    eps: float,
+    log: bool,
+    gamma: float,
+    intersection: int,
+) -> tuple[Tensor, Tensor]:
+    shared: dict[str, Any] = {
+        "activation": _ACTIVATIONS[activation],
+        "pixel_weight": pixel_weight,
+        "ignore_index": ignore_index,
+    }
+    groups: dict[str, Any] = {"per_image": per_image, "intersection": _INTERSECTIONS[intersection]}
+    overlap: dict[str, Any] = {
+        "alpha": alpha,
+        "beta": beta,
+        "classes": classes or None,
+        "absent": _ABSENT[absent],
+        "smooth": smooth,
+        "eps": eps,
+        "log": log,
+        "gamma": gamma,
+        **groups,
+    }
+    terms: dict[str, Tensor] = {}
+    if output == _ops.STATISTICS:
+        loss = torch.stack(reference.overlap_statistics(input, target, **shared, **groups))
+    elif output == _ops.MEAN:
+        loss, terms = reference.segmentation_loss(
+            input,
+            target,
+            weight,
+            cross_entropy=cross_entropy,
+            iou=iou,
+            brier=brier,
+            label_smoothing=label_smoothing,
+            pos_weight=pos_weight,
+            return_terms=True,
+            **shared,
+            **overlap,
+        )
+    else:
+        reduction = _REDUCTIONS[output]
+        parts = []
+        if iou != 0.0:
+            parts.append(iou * reference.tversky_loss(input, target, weight, reduction=reduction, **shared, **overlap))
+        if brier != 0.0:
+            parts.append(brier * reference.brier_loss(input, target, weight, reduction=reduction, **shared))
+        loss = sum(parts[1:], parts[0])
+    given = (terms.get(name) for name in ("cross_entropy", "iou", "brier"))
+    return loss, torch.stack([loss.new_zeros(()) if term is None else term for term in given])
+
+
+def _segmentation_forward(*arguments: Any) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    *passed, _, keep = arguments
+    loss, terms, statistics = _ops.segmentation_forward(*passed, keep != _ops.KEEP_NOTHING)
+    return (loss, terms), statistics
+
+
+def _segmentation_rescale(*arguments: Any) -> None:
+    raise AssertionError("the gradient of an overlap is not known in the forward")
+
+
 CROSS_ENTROPY = Loss(
     "cross_entropy",
+    3,
     _ops.cross_entropy,
     _ops.cross_entropy_forward,
     _ops.cross_entropy_rescale,
@@ -248,6 +342,7 @@ CROSS_ENTROPY = Loss(
 )
 MSE_LOSS = Loss(
     "mse_loss",
+    3,
     _ops.mse_loss,
     _ops.mse_loss_forward,
     _ops.mse_loss_rescale,
@@ -256,6 +351,20 @@ MSE_LOSS = Loss(
     _reference_mse_loss,
 )
 
+# Its result is float32 for two-byte input anyway, so float32_loss says nothing here.
+SEGMENTATION = Loss(
+    "segmentation",
+    5,
+    lambda *arguments: _ops.segmentation(*arguments[:-1]),
+    _segmentation_forward,
+    _segmentation_rescale,
+    _ops.segmentation_backward,
+    lambda tensors, options: False,
+    _reference_segmentation,
+)
+
 _library = torch.library.Library("fusedloss", "FRAGMENT")  # holds the registrations: they end with it
 for _loss in (CROSS_ENTROPY, MSE_LOSS):
     _library.impl(_loss.name, _kernel_of_public_op(_loss), "Autograd")
+_segmentation_kernel = _kernel_of_public_op(SEGMENTATION)
+_library.impl(SEGMENTATION.name, lambda *arguments: _segmentation_kernel(*arguments, False), "Autograd")

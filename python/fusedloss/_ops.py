@@ -19,12 +19,17 @@ cross_entropy: Callable[..., Tensor] = torch.ops.fusedloss.cross_entropy.default
 cross_entropy_forward: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fusedloss._cross_entropy_forward.default
 cross_entropy_rescale: Callable[..., None] = torch.ops.fusedloss._cross_entropy_rescale_.default
 cross_entropy_backward: Callable[..., Tensor] = torch.ops.fusedloss._cross_entropy_backward.default
+segmentation: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fusedloss.segmentation.default
+segmentation_forward: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.fusedloss._segmentation_forward.default
+segmentation_backward: Callable[..., Tensor] = torch.ops.fusedloss._segmentation_backward.default
 mse_loss: Callable[..., Tensor] = torch.ops.fusedloss.mse_loss.default
 mse_loss_forward: Callable[..., tuple[Tensor, Tensor]] = torch.ops.fusedloss._mse_loss_forward.default
 mse_loss_rescale: Callable[..., None] = torch.ops.fusedloss._mse_loss_rescale_.default
 mse_loss_backward: Callable[..., Tensor] = torch.ops.fusedloss._mse_loss_backward.default
 
 NONE, MEAN, SUM = 0, 1, 2  # torch's numbering of `reduction`
+STATISTICS = 3  # beside these three, an `output` of the segmentation op: I, P and T of each class
+SOFTMAX, SIGMOID, NO_ACTIVATION = 0, 1, 2
 KEEP_NOTHING, KEEP_STATISTICS, KEEP_GRADIENT = 0, 1, 2  # what a forward op gives as its second result
 
 
@@ -177,6 +182,50 @@ def _cross_entropy_backward_fake(
     return _like_logits(input, input.dtype if operand == 0 else target.dtype)
 
 
+@torch.library.register_fake("fusedloss::_segmentation_forward")
+def _segmentation_forward_fake(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    pos_weight: Tensor | None,
+    activation: int,
+    ignore_index: int,
+    output: int,
+    cross_entropy: float,
+    iou: float,
+    brier: float,
+    alpha: float,
+    beta: float,
+    label_smoothing: float,
+    classes: list[int],
+    per_image: bool,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _require_one_device(input, target, weight, pixel_weight, pos_weight)
+    keep = arguments[-1]
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    groups = input.shape[0] if per_image else 1
+    shape: list[Any] = []
+    if output == STATISTICS:
+        shape = [3, groups, input.shape[1]]
+    elif output == NONE:
+        shape = [groups, len(classes) or input.shape[1]] if iou != 0.0 else _pixel_shape(input)
+    kept: Any = 0
+    if keep:
+        table = 3 * groups * input.shape[1] + groups + 3
+        pixels = 2 * math.prod(_pixel_shape(input)) if activation == SOFTMAX else 0
+        kept = pixels + table * (1 if dtype == torch.float64 else 2)
+    loss, terms, statistics = (input.new_empty(size, dtype=dtype) for size in (shape, [3], [kept]))
+    return loss, terms, statistics
+
+
+@torch.library.register_fake("fusedloss::_segmentation_backward")
+def _segmentation_backward_fake(grad: Tensor, input: Tensor, target: Tensor, *arguments: Any) -> Tensor:
+    _require_one_device(grad, input, target)
+    return _like_logits(input, input.dtype if arguments[-1] == 0 else target.dtype)
+
+
 @torch.library.register_fake("fusedloss::_mse_loss_forward")
 def _mse_loss_forward_fake(
     input: Tensor,
@@ -232,3 +281,9 @@ def _cross_entropy_fake(*arguments: Any) -> Tensor:
 def _mse_loss_fake(*arguments: Any) -> Tensor:
     loss: Tensor = _mse_loss_forward_fake(*arguments, KEEP_NOTHING)[0]
     return loss
+
+
+@torch.library.register_fake("fusedloss::segmentation")
+def _segmentation_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    loss, terms, _ = _segmentation_forward_fake(*arguments, False)
+    return loss, terms

@@ -1,36 +1,40 @@
 """The losses as functions. The docstrings are their specification.
 
 A call that is right pays for no check here: the op refuses what it cannot read, and only then is it worked out, in
-``_check_...``, what to tell the user.
+``_checks.py``, what to tell the user.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable
-from typing import Any, ParamSpec
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from fusedloss import _autograd
+from fusedloss import _calls, _checks, _ops
 
-__all__ = ["cross_entropy", "mse_loss"]
+__all__ = [
+    "brier_loss",
+    "cross_entropy",
+    "dice_loss",
+    "mse_loss",
+    "overlap_statistics",
+    "segmentation_loss",
+    "soft_iou_loss",
+    "tversky_loss",
+]
 
 _P = ParamSpec("_P")
-
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-_HALF_DTYPES = (torch.float16, torch.bfloat16)
-_FLOATING_DTYPES = (torch.float32, torch.float64, *_HALF_DTYPES)
-_LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+_R = TypeVar("_R")
 
 
-def _without_retired(function: Callable[_P, Tensor]) -> Callable[_P, Tensor]:
+def _without_retired(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """The function, with a word for those who still pass what torch has retired."""
 
     @functools.wraps(function)
-    def checked(*args: _P.args, **kwargs: _P.kwargs) -> Tensor:
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         for argument in ("size_average", "reduce"):
             if argument in kwargs:
                 raise TypeError(
@@ -106,14 +110,14 @@ def cross_entropy(
             [ 0.0000,  0.0000]])
     """
     if torch.compiler.is_compiling():
-        _check_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
-        return _cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+        _checks.check_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+        return _calls.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
     try:
-        return _cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+        return _calls.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
     except IndexError:
         raise
     except Exception:
-        _check_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+        _checks.check_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
         raise
 
 
@@ -155,199 +159,476 @@ def mse_loss(input: Tensor, target: Tensor, *, reduction: str = "mean", weight: 
     tensor(1.7500, grad_fn=<_FunctionBackward>)
     """
     if torch.compiler.is_compiling():
-        _check_mse_loss(input, target, reduction, weight)
-        return _mse_loss(input, target, reduction, weight)
+        _checks.check_mse_loss(input, target, reduction, weight)
+        return _calls.mse_loss(input, target, reduction, weight)
     try:
-        return _mse_loss(input, target, reduction, weight)
+        return _calls.mse_loss(input, target, reduction, weight)
     except Exception:
-        _check_mse_loss(input, target, reduction, weight)
+        _checks.check_mse_loss(input, target, reduction, weight)
         raise
 
 
-def _cross_entropy(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+@_without_retired
+def soft_iou_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    activation: str = "softmax",
+    pixel_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    classes: Sequence[int] | None = None,
+    per_image: bool = False,
+    absent: str = "skip",
+    smooth: float = 0.0,
+    eps: float = 1e-7,
+    log: bool = False,
+    gamma: float = 1.0,
+    intersection: str = "min",
+    reduction: str = "mean",
 ) -> Tensor:
-    _require_kernels(input, target, weight)
-    if ignore_index is True or ignore_index is False:
-        raise TypeError("cross_entropy: `ignore_index` must be an int, got bool")
-    float32_loss = input.dtype in _HALF_DTYPES and torch.is_autocast_enabled(input.device.type)
-    if target.is_floating_point():
-        dtype = torch.promote_types(input.dtype, target.dtype)
-        if weight is not None:
-            dtype = torch.promote_types(dtype, weight.dtype)
-        if dtype == torch.float64:
-            input, target = input.to(dtype), target.to(dtype)
-        elif target.dtype is not input.dtype and not (target.dtype is torch.float32 and input.dtype in _HALF_DTYPES):
-            target = target.to(torch.float32)
-        float32_loss = float32_loss or dtype is torch.float32
-    elif weight is not None and weight.requires_grad:
-        raise ValueError("cross_entropy: `weight` must not require a gradient with class indices as `target`")
-    elif input.dim() == 1 and target.dim() == 1:
-        target = target.reshape(())  # one label in brackets, as torch takes it
-    return _autograd.apply(
-        _autograd.CROSS_ENTROPY,
-        (input, target, weight),
-        (ignore_index, _REDUCTIONS[reduction], label_smoothing),
-        float32_loss,
-    )
+    """One minus the soft intersection over union (Jaccard index) of each class, from logits, in one pass.
+
+    For pixels with probabilities p, labels y and pixel weights m (0 where ignored), of each class over a group of
+    pixels, which is the batch or an image::
+
+        I = sum m min(p, y)    P = sum m p    T = sum m y
+        score = (I + smooth) / max(P + T - I + smooth, eps)
+        loss  = max(1 - score, 0)^gamma          or, with log, max(-log(max(score, eps)), 0)^gamma
+
+        "none": loss of each group and class, (G, classes), 0 where a class does not count
+        "sum":  sum of w loss over groups and the classes that count
+        "mean": mean, over the groups in which a class counts, of sum w loss / sum w over the classes that count
+
+    The minimum makes the loss right for soft labels too: it is 0 exactly where p = y.
+
+    Args:
+        input: logits, (N, C) or (N, C, d1, ..., dK); float32, float64, float16 or bfloat16. Contiguous, channels_last,
+            and slices of them along N and C are read where they are; other strides cost one copy.
+        target: class indices, (N,) or (N, d1, ..., dK), in [0, C) or ``ignore_index``; uint8, int16, int32 or int64. Or
+            probabilities of ``input``'s shape in any floating dtype (float64 beside another ``input`` costs a copy, as
+            does another memory format). With "sigmoid" and "none" also a mask of ``input``'s shape, of bool or an
+            integer dtype, each class with a 0 or 1 of its own; and for C = 1 class indices are 0, background, or 1.
+        weight: factor of each class in the mean over classes, (C,), any floating dtype.
+        activation: "softmax" over the classes, "sigmoid" of each, or "none" for probabilities as ``input``.
+        pixel_weight: factor of each pixel, (N, d1, ..., dK); any floating dtype, or bool: False ignores.
+        ignore_index: a class index that adds exactly nothing to value and gradient, whatever the logits there hold. It
+            is compared after widening (-100 never equals a uint8 label) and may lie inside [0, C). With a label for
+            each class it has to be negative: use ``pixel_weight``.
+        classes: the classes to count, different ones in [0, C), in the order of the result of "none"; None for all.
+        per_image: each image is a group of its own, instead of the whole batch being one.
+        absent: a class that no pixel of its group is labelled with (T = 0) does not count ("skip"), counts by the
+            formula ("count"), or counts with loss 0 ("zero"). In a group whose pixels are all ignored no class counts.
+        smooth: added to numerator and denominator, 0 or more, in pixels.
+        eps: least denominator, and with ``log`` least score; more than 0.
+        log: minus the logarithm of the score instead of one minus the score.
+        gamma: power of the loss of a class, more than 0; the derivative at a loss of 0 is 0 unless it is 1.
+        intersection: "min", or "product": sum m p y, which other libraries use and which is the same for hard labels.
+        reduction: "none", "mean" or "sum".
+
+    Returns:
+        A scalar, or (G, classes) with "none", where G is N with ``per_image`` and else 1; of float64 for float64 logits
+        or labels, else float32. 0 where nothing counts.
+
+    Raises:
+        ValueError: a wrong shape, option or mix of devices; a weight that requires a gradient.
+        TypeError: a wrong type or dtype.
+        IndexError: a label that is neither in its range nor ``ignore_index``; names it and its position.
+
+    Note:
+        Gradients go to ``input`` and to soft labels; at p = y the derivative of the minimum is half for each. Sums are
+        formed in float32 within a chunk of pixels and in float64 across chunks (counts of pixels are exact; float64
+        inputs: float64 throughout), in an order fixed by the shape: the same bits on every run and for every number of
+        threads. The backward keeps 8 bytes a pixel under softmax (16 for float64), nothing a pixel under the others.
+        Double backward, forward mode and the transforms of :mod:`torch.func` run the formula of
+        :func:`fusedloss.reference.soft_iou_loss`.
+
+    Source: Rahman and Wang, Optimizing Intersection-Over-Union in Deep Neural Networks for Image Segmentation (2016);
+    the minimum: Wang et al., Jaccard Metric Losses: Optimizing the Jaccard Index with Soft Labels (2023).
+
+    >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]], requires_grad=True)
+    >>> loss = soft_iou_loss(logits, torch.tensor([0, 1]))
+    >>> loss
+    tensor(0.4830, grad_fn=<_FunctionBackward>)
+    >>> soft_iou_loss(logits.detach(), torch.tensor([0, 1]), reduction="none")
+    tensor([[0.4128, 0.5533]])
+    """
+    options = {
+        "activation": activation,
+        "pixel_weight": pixel_weight,
+        "ignore_index": ignore_index,
+        "classes": classes,
+        "per_image": per_image,
+        "absent": absent,
+        "smooth": smooth,
+        "eps": eps,
+        "log": log,
+        "gamma": gamma,
+        "intersection": intersection,
+        "reduction": reduction,
+        "iou": 1.0,
+    }
+    return _segmentation("soft_iou_loss", input, target, weight, options)[0]
 
 
-def _mse_loss(input: Tensor, target: Tensor, reduction: str, weight: Tensor | None) -> Tensor:
-    _require_kernels(input, target, weight)
-    if input.dtype is not target.dtype:
-        if input.is_complex() or target.is_complex():
-            raise TypeError("mse_loss: `input` and `target` must be real")
-        if not target.is_floating_point():
-            target = target.to(input.dtype)
-        elif not input.is_floating_point():
-            input = input.to(target.dtype)
-    float32_loss = input.dtype in _HALF_DTYPES and torch.is_autocast_enabled(input.device.type)
-    if input.shape != target.shape:
-        return _broadcast_mse_loss(input, target, reduction, weight)
-    return _autograd.apply(_autograd.MSE_LOSS, (input, target, weight), (_REDUCTIONS[reduction],), float32_loss)
+@_without_retired
+def dice_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    activation: str = "softmax",
+    pixel_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    classes: Sequence[int] | None = None,
+    per_image: bool = False,
+    absent: str = "skip",
+    smooth: float = 0.0,
+    eps: float = 1e-7,
+    log: bool = False,
+    gamma: float = 1.0,
+    intersection: str = "min",
+    reduction: str = "mean",
+) -> Tensor:
+    """One minus the soft Dice score (F1) of each class, from logits, in one pass.
+
+    As :func:`soft_iou_loss`, with::
+
+        score = (I + smooth) / max((P + T) / 2 + smooth, eps)
+
+    Args:
+        input: as all other arguments, those of :func:`soft_iou_loss`. ``smooth`` and ``eps`` are on the scale of I: a
+            library that computes (2 I + s) / (P + T + s) has twice as much of both.
+
+    Returns:
+        As :func:`soft_iou_loss`.
+
+    Raises:
+        ValueError, TypeError, IndexError: as :func:`soft_iou_loss`.
+
+    Note:
+        As :func:`soft_iou_loss`.
+
+    Source: Milletari, Navab and Ahmadi, V-Net (2016), with P and T in place of the sums of squares; the minimum: Wang
+    et al., Dice Semimetric Losses: Optimizing the Dice Score with Soft Labels (2023).
+
+    >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
+    >>> dice_loss(logits, torch.tensor([0, 1]))
+    tensor(0.3212)
+    """
+    options = {
+        "activation": activation,
+        "pixel_weight": pixel_weight,
+        "ignore_index": ignore_index,
+        "classes": classes,
+        "per_image": per_image,
+        "absent": absent,
+        "smooth": smooth,
+        "eps": eps,
+        "log": log,
+        "gamma": gamma,
+        "intersection": intersection,
+        "reduction": reduction,
+        "iou": 1.0,
+        "alpha": 0.5,
+        "beta": 0.5,
+    }
+    return _segmentation("dice_loss", input, target, weight, options)[0]
 
 
-def _broadcast_mse_loss(input: Tensor, target: Tensor, reduction: str, weight: Tensor | None) -> Tensor:
-    shape = torch.broadcast_shapes(input.shape, target.shape)
-    if not torch.compiler.is_compiling():  # which cannot trace a warning
-        warnings.warn(
-            f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
-            "This will likely lead to incorrect results due to broadcasting. "
-            "Please ensure they have the same size.",
-            stacklevel=5,
-        )
-    # What is smaller than the result goes in as float32: a broadcast operand has the sum of many gradients, and so
-    # is the divisor of a weighted mean. Both are rounded once, at the end.
-    given = [tensor.dtype for tensor in (input, target, weight) if tensor is not None]
-    dtype = functools.reduce(torch.promote_types, given)
-    if dtype in _HALF_DTYPES and torch.is_autocast_enabled(input.device.type):
-        dtype = torch.float32
-    x, y = (
-        (t.to(torch.float32) if t.dtype in _HALF_DTYPES and t.shape != shape else t).expand(shape)
-        for t in (input, target)
-    )
-    if weight is None:
-        return _mse_loss(x, y, reduction, None).to(dtype)
-    if weight.shape != input.shape:
-        raise ValueError("mse_loss: `weight` must have the shape of `input`")
-    weight = weight.to(torch.promote_types(dtype, torch.float32))
-    loss = _mse_loss(x, y, "sum" if reduction == "mean" else reduction, weight.expand(shape))
-    # torch divides by the weights as they were given, each counted once.
-    return (loss / weight.sum() if reduction == "mean" else loss).to(dtype)
+@_without_retired
+def tversky_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    alpha: float,
+    beta: float,
+    activation: str = "softmax",
+    pixel_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    classes: Sequence[int] | None = None,
+    per_image: bool = False,
+    absent: str = "skip",
+    smooth: float = 0.0,
+    eps: float = 1e-7,
+    log: bool = False,
+    gamma: float = 1.0,
+    intersection: str = "min",
+    reduction: str = "mean",
+) -> Tensor:
+    """One minus the Tversky index of each class, from logits, in one pass: overlap with two prices for two errors.
+
+    As :func:`soft_iou_loss`, with FP = P - I (predicted too much) and FN = T - I (too little)::
+
+        score = (I + smooth) / max(I + alpha FP + beta FN + smooth, eps)
+
+    alpha = beta = 1 is :func:`soft_iou_loss`, alpha = beta = 1/2 is :func:`dice_loss`.
+
+    Args:
+        alpha: price of what is predicted too much, 0 or more.
+        beta: price of what is predicted too little, 0 or more.
+        input: as all other arguments, those of :func:`soft_iou_loss`.
+
+    Returns:
+        As :func:`soft_iou_loss`.
+
+    Raises:
+        ValueError, TypeError, IndexError: as :func:`soft_iou_loss`.
+
+    Note:
+        As :func:`soft_iou_loss`.
+
+    Source: Salehi, Erdogmus and Gholipour, Tversky Loss Function for Image Segmentation (2017); gamma: Abraham and
+    Khan, A Novel Focal Tversky Loss Function (2018), whose exponent is 1 / gamma.
+
+    >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
+    >>> tversky_loss(logits, torch.tensor([0, 1]), alpha=0.3, beta=0.7, reduction="none")
+    tensor([[0.2095, 0.4355]])
+    """
+    options = {
+        "activation": activation,
+        "pixel_weight": pixel_weight,
+        "ignore_index": ignore_index,
+        "classes": classes,
+        "per_image": per_image,
+        "absent": absent,
+        "smooth": smooth,
+        "eps": eps,
+        "log": log,
+        "gamma": gamma,
+        "intersection": intersection,
+        "alpha": alpha,
+        "beta": beta,
+        "reduction": reduction,
+        "iou": 1.0,
+    }
+    return _segmentation("tversky_loss", input, target, weight, options)[0]
 
 
-def _require_kernels(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
-    # The ops alone would take meta tensors, for which tracing gave them shapes.
-    if not (input.is_cpu and target.is_cpu and (weight is None or weight.is_cpu)):
-        raise ValueError("no kernels for this device, or tensors on different ones")
+@_without_retired
+def brier_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    activation: str = "softmax",
+    pixel_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Squared difference of probabilities and labels, summed over the classes (Brier score), from logits, in one pass.
+
+    For a pixel with probabilities p, labels y, pixel weight m (0 where ignored) and class weights w::
+
+        loss = m sum_c w_c (p_c - y_c)^2
+
+        "none": loss, (N, d1, ..., dK)    "sum": sum loss    "mean": sum loss / sum m
+
+    This is C times the mean squared error of the probabilities.
+
+    Args:
+        input: as ``target``, ``activation``, ``pixel_weight`` and ``ignore_index``, those of :func:`soft_iou_loss`.
+        weight: factor of each class, (C,), any floating dtype.
+        reduction: "none", "mean" or "sum".
+
+    Returns:
+        A scalar, or (N, d1, ..., dK) with "none"; of float64 for float64 logits or labels, else float32. 0 where every
+        pixel is ignored.
+
+    Raises:
+        ValueError, TypeError, IndexError: as :func:`soft_iou_loss`.
+
+    Note:
+        As :func:`soft_iou_loss`.
+
+    Source: Brier, Verification of Forecasts Expressed in Terms of Probability (1950).
+
+    >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
+    >>> brier_loss(logits, torch.tensor([0, 1]), reduction="none")
+    tensor([0.0284, 0.5000])
+    """
+    options = {
+        "activation": activation,
+        "pixel_weight": pixel_weight,
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "brier": 1.0,
+    }
+    return _segmentation("brier_loss", input, target, weight, options)[0]
 
 
-# --- what to say of a wrong call --------------------------------------------------------------------------------------
+@_without_retired
+def segmentation_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    cross_entropy: float = 1.0,
+    iou: float = 1.0,
+    brier: float = 0.0,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    label_smoothing: float = 0.0,
+    pos_weight: Tensor | None = None,
+    activation: str = "softmax",
+    pixel_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    classes: Sequence[int] | None = None,
+    per_image: bool = False,
+    absent: str = "skip",
+    smooth: float = 0.0,
+    eps: float = 1e-7,
+    log: bool = False,
+    gamma: float = 1.0,
+    intersection: str = "min",
+    return_terms: bool = False,
+) -> Any:
+    """Weighted sum of cross-entropy, an overlap loss and the Brier loss: one pass over the logits for all of them.
+
+    ``cross_entropy * CE + iou * overlap + brier * Brier``, where overlap is :func:`tversky_loss` (with alpha = beta = 1
+    the soft IoU loss), Brier is :func:`brier_loss`, and, with pixel weights m (0 where ignored), class weights w and
+    smoothed labels y~ = (1 - e) y + e / C::
+
+        softmax  CE = sum m sum_c w_c y~_c (lse - z_c)  /  sum m w_y    (sum m for probabilities as labels)
+        sigmoid  CE = sum m / C sum_c w_c (pos_weight_c y~_c softplus(-z_c) + (1 - y~_c) softplus(z_c))  /  sum m
+
+    A term with factor 0 is not computed.
+
+    Args:
+        input: as ``target``, ``activation``, ``pixel_weight`` and ``ignore_index``, those of :func:`soft_iou_loss`.
+            With "none" there are no logits, and ``cross_entropy`` has to be 0.
+        weight: factor of each class in all three terms, (C,), any floating dtype.
+        cross_entropy: factor of the cross-entropy.
+        iou: factor of the overlap loss.
+        brier: factor of the Brier loss.
+        alpha: price of what is predicted too much, in the overlap alone. 1/2 and 1/2 make it the Dice loss.
+        beta: price of what is predicted too little, in the overlap alone.
+        label_smoothing: share of the label that is spread evenly over the classes, in [0, 1]; in the cross-entropy
+            alone.
+        pos_weight: factor of the positive part, (C,), any floating dtype; in the cross-entropy of "sigmoid" alone.
+        classes: as ``per_image``, ``absent``, ``smooth``, ``eps``, ``log``, ``gamma`` and ``intersection``, those of
+            :func:`soft_iou_loss`; of the overlap alone.
+        return_terms: also return the terms.
+
+    Returns:
+        A scalar; of float64 for float64 logits or labels, else float32. With ``return_terms`` a tuple of it and of a
+        dictionary with those of "cross_entropy", "iou" and "brier" that were computed: the terms before their factors,
+        detached, for logging. A term without a pixel that counts is 0.
+
+    Raises:
+        ValueError, TypeError, IndexError: as :func:`soft_iou_loss`.
+
+    Note:
+        As :func:`soft_iou_loss`. Peak memory is the gradient, 8 bytes a pixel (16 for float64), and at most 4 MB.
+
+    >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]], requires_grad=True)
+    >>> loss, terms = segmentation_loss(logits, torch.tensor([0, 1]), brier=0.5, return_terms=True)
+    >>> loss
+    tensor(1.0252, grad_fn=<_FunctionBackward>)
+    >>> terms
+    {'cross_entropy': tensor(0.4100), 'iou': tensor(0.4830), 'brier': tensor(0.2642)}
+    """
+    options = {
+        "cross_entropy": cross_entropy,
+        "iou": iou,
+        "brier": brier,
+        "alpha": alpha,
+        "beta": beta,
+        "label_smoothing": label_smoothing,
+        "pos_weight": pos_weight,
+        "activation": activation,
+        "pixel_weight": pixel_weight,
+        "ignore_index": ignore_index,
+        "classes": classes,
+        "per_image": per_image,
+        "absent": absent,
+        "smooth": smooth,
+        "eps": eps,
+        "log": log,
+        "gamma": gamma,
+        "intersection": intersection,
+        "return_terms": return_terms,
+    }
+    loss, terms = _segmentation("segmentation_loss", input, target, weight, options)
+    if not return_terms:
+        return loss
+    factors = {"cross_entropy": cross_entropy, "iou": iou, "brier": brier}
+    return loss, {name: terms[i] for i, (name, factor) in enumerate(factors.items()) if factor != 0.0}
 
 
-def _check_tensor(name: str, argument: str, value: Any, like: Tensor | None = None) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: `{argument}` must be a Tensor, got {type(value).__name__}")
-    if value.layout != torch.strided or value.is_nested:
-        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
-        raise ValueError(
-            f"{name}: `{argument}` must be a dense tensor (use .to_dense() or .to_padded_tensor()), got {kind}"
-        )
-    if value.device.type != "cpu":
-        raise ValueError(
-            f"{name}: `{argument}` must be on the CPU, the only device that this build has kernels for, "
-            f"got {value.device} (torch.nn.functional.{name} takes it)"
-        )
-    if like is not None and value.device != like.device:
-        raise ValueError(f"{name}: `{argument}` must be on input's device, {like.device}, got {value.device}")
+def overlap_statistics(
+    input: Tensor,
+    target: Tensor,
+    *,
+    activation: str = "softmax",
+    pixel_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    per_image: bool = False,
+    intersection: str = "min",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What every overlap score is made of: intersection, predicted and labelled area of each class, in one pass.
+
+    For pixels with probabilities p, labels y and pixel weights m (0 where ignored), over a group of pixels, which is
+    the batch or an image::
+
+        I = sum m min(p, y)    P = sum m p    T = sum m y        (I = sum m p y for intersection="product")
+
+    They are differentiable, so that a formula of one's own can be written on them.
+
+    Args:
+        input: as all other arguments, those of :func:`soft_iou_loss`.
+
+    Returns:
+        I, P and T, each (G, C): G is the number of images with ``per_image``, else 1. Of float64 for float64 logits or
+        labels, else float32.
+
+    Raises:
+        ValueError, TypeError, IndexError: as :func:`soft_iou_loss`.
+
+    Note:
+        As :func:`soft_iou_loss`.
+
+    The generalised Dice loss (Sudre et al., 2017), which weighs classes by the inverse square of their area:
+
+    >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0], [1.0, 0.0]], requires_grad=True)
+    >>> both, predicted, labelled = overlap_statistics(logits, torch.tensor([0, 1, 0]))
+    >>> class_weight = 1 / labelled.clamp_min(1) ** 2
+    >>> loss = 1 - 2 * (class_weight * both).sum() / (class_weight * (predicted + labelled)).sum()
+    >>> loss
+    tensor(0.3807, grad_fn=<RsubBackward1>)
+    >>> loss.backward()
+    """
+    options = {
+        "activation": activation,
+        "pixel_weight": pixel_weight,
+        "ignore_index": ignore_index,
+        "per_image": per_image,
+        "intersection": intersection,
+    }
+    loss, _ = _segmentation("overlap_statistics", input, target, None, options)
+    intersected, predicted, labelled = loss.unbind(0)
+    return intersected, predicted, labelled
 
 
-def _check_reduction(name: str, reduction: Any) -> None:
-    if not isinstance(reduction, str):
-        raise TypeError(f"{name}: `reduction` must be 'none', 'mean' or 'sum', got {type(reduction).__name__}")
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"{name}: `reduction` must be 'none', 'mean' or 'sum', got {reduction!r}")
-
-
-def _check_cross_entropy(
-    input: Any, target: Any, weight: Any, ignore_index: Any, reduction: Any, label_smoothing: Any
-) -> None:
-    name = "cross_entropy"
-    _check_tensor(name, "input", input)
-    _check_tensor(name, "target", target, input)
-    _check_reduction(name, reduction)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
-        raise TypeError(f"{name}: `ignore_index` must be an int, got {type(ignore_index).__name__}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"{name}: `ignore_index` must fit into 64 bits, got {ignore_index}")
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float, torch.SymFloat)):
-        raise TypeError(f"{name}: `label_smoothing` must be a float, got {type(label_smoothing).__name__}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"{name}: `label_smoothing` must be in [0, 1], got {label_smoothing}")
-    if input.dtype not in _FLOATING_DTYPES:
-        raise TypeError(f"{name}: `input` must be float32, float64, float16 or bfloat16, got {input.dtype}")
-    if input.dim() == 0:
-        raise ValueError(f"{name}: `input` must have the shape (C,), (N, C) or (N, C, d1, ..., dK), got ()")
-    class_dim = 0 if input.dim() == 1 else 1
-    classes = input.shape[class_dim]
-    pixel_shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
-    if target.dtype in _FLOATING_DTYPES:
-        if target.shape != input.shape:
-            raise ValueError(
-                f"{name}: `target` with probabilities must have the shape of `input`, {tuple(input.shape)}, "
-                f"got {tuple(target.shape)} of {target.dtype} (class indices are of an integer dtype)"
-            )
-        if ignore_index >= 0:
-            raise ValueError(
-                f"{name}: `ignore_index` must be negative with probabilities as `target`, got {ignore_index}"
-            )
-    elif target.dtype in _LABEL_DTYPES:
-        bracketed = input.dim() == 1 and target.shape == (1,)
-        if target.shape != pixel_shape and not bracketed:
-            raise ValueError(
-                f"{name}: `target` with class indices must have the shape {tuple(pixel_shape)}, for `input` of shape "
-                f"{tuple(input.shape)}, got {tuple(target.shape)}"
-            )
-    else:
-        raise TypeError(
-            f"{name}: `target` must be class indices (uint8, int16, int32, int64) or probabilities "
-            f"(float32, float64, float16, bfloat16), got {target.dtype}"
-        )
-    if weight is not None:
-        _check_tensor(name, "weight", weight, input)
-        if weight.dtype not in _FLOATING_DTYPES:
-            raise TypeError(f"{name}: `weight` must be float32, float64, float16 or bfloat16, got {weight.dtype}")
-        if weight.shape != (classes,):
-            raise ValueError(f"{name}: `weight` must have the shape ({classes},), got {tuple(weight.shape)}")
-        if weight.requires_grad and target.dtype not in _FLOATING_DTYPES:
-            raise ValueError(f"{name}: `weight` must not require a gradient with class indices as `target`")
-
-
-def _check_mse_loss(input: Any, target: Any, reduction: Any, weight: Any) -> None:
-    name = "mse_loss"
-    _check_tensor(name, "input", input)
-    _check_tensor(name, "target", target, input)
-    _check_reduction(name, reduction)
-    for argument, value in (("input", input), ("target", target)):
-        if value.is_complex() or (value.is_floating_point() and value.dtype not in _FLOATING_DTYPES):
-            raise TypeError(f"{name}: `{argument}` must be float32, float64, float16 or bfloat16, got {value.dtype}")
-    if not (input.is_floating_point() or target.is_floating_point()):
-        raise TypeError(
-            f"{name}: `input` or `target` must be of a floating dtype, got {input.dtype} and {target.dtype}"
-        )
-    if weight is not None and torch.bool in (input.dtype, target.dtype):
-        raise TypeError(f"{name}: `input` and `target` must not be bool with a `weight`, as torch cannot subtract them")
+def _segmentation(
+    name: str, input: Tensor, target: Tensor, weight: Tensor | None, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Loss and terms."""
+    if torch.compiler.is_compiling():
+        _checks.check_segmentation(name, input, target, weight, options)
+    passed = {key: value for key, value in options.items() if key not in ("reduction", "return_terms")}
     try:
-        torch.broadcast_shapes(input.shape, target.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"{name}: `target` must broadcast with `input` of shape {tuple(input.shape)}, got {tuple(target.shape)}"
-        ) from None
-    if weight is not None:
-        _check_tensor(name, "weight", weight, input)
-        if weight.dtype not in _FLOATING_DTYPES:
-            raise TypeError(f"{name}: `weight` must be float32, float64, float16 or bfloat16, got {weight.dtype}")
-        if weight.shape != input.shape:
-            raise ValueError(
-                f"{name}: `weight` must have the shape of `input`, {tuple(input.shape)}, got {tuple(weight.shape)}"
-            )
+        if name == "overlap_statistics":
+            output = _ops.STATISTICS
+        else:
+            output = _checks.REDUCTIONS[options.get("reduction", "mean")]
+        return _calls.segmentation(input, target, weight, output=output, **passed)
+    except IndexError as error:
+        bad = _calls.bad_mask_value(target) if target.shape == input.shape and not target.is_floating_point() else None
+        if bad is not None and input.shape[1] > 1:
+            raise IndexError(f"{name}: `target` at {bad[0]} must be 0 or 1 in a mask, got {bad[1]}") from None
+        raise IndexError(str(error).replace("segmentation:", f"{name}:", 1)) from None
+    except Exception:
+        _checks.check_segmentation(name, input, target, weight, options)
+        raise

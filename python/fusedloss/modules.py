@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
 from torch import Tensor, nn
 
 from fusedloss import functional
 
-__all__ = ["CrossEntropyLoss", "MSELoss"]
+__all__ = [
+    "BrierLoss",
+    "CrossEntropyLoss",
+    "DiceLoss",
+    "MSELoss",
+    "SegmentationLoss",
+    "SoftIoULoss",
+    "TverskyLoss",
+]
 
 
 class CrossEntropyLoss(nn.Module):
@@ -67,3 +78,232 @@ class MSELoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}"
+
+
+class _SegmentationModule(nn.Module):
+    """A loss on probabilities whose options are those of its function.
+
+    ``weight`` and ``pos_weight`` are buffers: they move with ``.to()`` and are part of the ``state_dict``.
+    """
+
+    _function: ClassVar[Callable[..., Any]]
+    _buffer_names: ClassVar[tuple[str, ...]] = ("weight",)
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        for name in self._buffer_names:
+            self.register_buffer(name, options.pop(name))
+        self._option_names = tuple(options)
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    def forward(self, input: Tensor, target: Tensor, pixel_weight: Tensor | None = None) -> Any:
+        options = {name: getattr(self, name) for name in (*self._buffer_names, *self._option_names)}
+        return type(self)._function(input, target, pixel_weight=pixel_weight, **options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._option_names)
+
+
+class SoftIoULoss(_SegmentationModule):
+    """:func:`fusedloss.soft_iou_loss` as a module; ``forward(input, target, pixel_weight=None)``.
+
+    >>> SoftIoULoss(ignore_index=255, per_image=True)  # doctest: +ELLIPSIS
+    SoftIoULoss(activation='softmax', ignore_index=255, classes=None, per_image=True, ...)
+    """
+
+    _function = staticmethod(functional.soft_iou_loss)
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        activation: str = "softmax",
+        ignore_index: int = -100,
+        classes: Sequence[int] | None = None,
+        per_image: bool = False,
+        absent: str = "skip",
+        smooth: float = 0.0,
+        eps: float = 1e-7,
+        log: bool = False,
+        gamma: float = 1.0,
+        intersection: str = "min",
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(
+            weight=weight,
+            activation=activation,
+            ignore_index=ignore_index,
+            classes=classes,
+            per_image=per_image,
+            absent=absent,
+            smooth=smooth,
+            eps=eps,
+            log=log,
+            gamma=gamma,
+            intersection=intersection,
+            reduction=reduction,
+        )
+
+
+class DiceLoss(_SegmentationModule):
+    """:func:`fusedloss.dice_loss` as a module; ``forward(input, target, pixel_weight=None)``."""
+
+    _function = staticmethod(functional.dice_loss)
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        activation: str = "softmax",
+        ignore_index: int = -100,
+        classes: Sequence[int] | None = None,
+        per_image: bool = False,
+        absent: str = "skip",
+        smooth: float = 0.0,
+        eps: float = 1e-7,
+        log: bool = False,
+        gamma: float = 1.0,
+        intersection: str = "min",
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(
+            weight=weight,
+            activation=activation,
+            ignore_index=ignore_index,
+            classes=classes,
+            per_image=per_image,
+            absent=absent,
+            smooth=smooth,
+            eps=eps,
+            log=log,
+            gamma=gamma,
+            intersection=intersection,
+            reduction=reduction,
+        )
+
+
+class TverskyLoss(_SegmentationModule):
+    """:func:`fusedloss.tversky_loss` as a module; ``forward(input, target, pixel_weight=None)``."""
+
+    _function = staticmethod(functional.tversky_loss)
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        alpha: float,
+        beta: float,
+        activation: str = "softmax",
+        ignore_index: int = -100,
+        classes: Sequence[int] | None = None,
+        per_image: bool = False,
+        absent: str = "skip",
+        smooth: float = 0.0,
+        eps: float = 1e-7,
+        log: bool = False,
+        gamma: float = 1.0,
+        intersection: str = "min",
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(
+            weight=weight,
+            alpha=alpha,
+            beta=beta,
+            activation=activation,
+            ignore_index=ignore_index,
+            classes=classes,
+            per_image=per_image,
+            absent=absent,
+            smooth=smooth,
+            eps=eps,
+            log=log,
+            gamma=gamma,
+            intersection=intersection,
+            reduction=reduction,
+        )
+
+
+class BrierLoss(_SegmentationModule):
+    """:func:`fusedloss.brier_loss` as a module; ``forward(input, target, pixel_weight=None)``."""
+
+    _function = staticmethod(functional.brier_loss)
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        activation: str = "softmax",
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(
+            weight=weight,
+            activation=activation,
+            ignore_index=ignore_index,
+            reduction=reduction,
+        )
+
+
+class SegmentationLoss(_SegmentationModule):
+    """:func:`fusedloss.segmentation_loss` as a module; ``forward(input, target, pixel_weight=None)``.
+
+    >>> import torch
+    >>> criterion = SegmentationLoss(cross_entropy=1.0, iou=0.5, ignore_index=255)
+    >>> logits, labels = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.uint8)
+    >>> criterion(logits, labels)
+    tensor(1.4319)
+    """
+
+    _function = staticmethod(functional.segmentation_loss)
+    _buffer_names = ("weight", "pos_weight")
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        cross_entropy: float = 1.0,
+        iou: float = 1.0,
+        brier: float = 0.0,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        label_smoothing: float = 0.0,
+        pos_weight: Tensor | None = None,
+        activation: str = "softmax",
+        ignore_index: int = -100,
+        classes: Sequence[int] | None = None,
+        per_image: bool = False,
+        absent: str = "skip",
+        smooth: float = 0.0,
+        eps: float = 1e-7,
+        log: bool = False,
+        gamma: float = 1.0,
+        intersection: str = "min",
+        return_terms: bool = False,
+    ) -> None:
+        super().__init__(
+            weight=weight,
+            cross_entropy=cross_entropy,
+            iou=iou,
+            brier=brier,
+            alpha=alpha,
+            beta=beta,
+            label_smoothing=label_smoothing,
+            pos_weight=pos_weight,
+            activation=activation,
+            ignore_index=ignore_index,
+            classes=classes,
+            per_image=per_image,
+            absent=absent,
+            smooth=smooth,
+            eps=eps,
+            log=log,
+            gamma=gamma,
+            intersection=intersection,
+            return_terms=return_terms,
+        )

@@ -12,11 +12,24 @@ Shapes and dtypes are checked only where PyTorch would broadcast or convert its 
 """
 
 import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["cross_entropy", "mse_loss"]
+__all__ = [
+    "brier_loss",
+    "cross_entropy",
+    "dice_loss",
+    "mse_loss",
+    "overlap_statistics",
+    "segmentation_loss",
+    "soft_iou_loss",
+    "tversky_loss",
+]
 
 _LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
@@ -178,6 +191,455 @@ def mse_loss(input: Tensor, target: Tensor, *, reduction: str = "mean", weight: 
     else:
         raise ValueError(f"mse_loss: `reduction` must be 'none', 'mean' or 'sum', got {reduction!r}")
     return result.to(result_dtype)
+
+
+def overlap_statistics(
+    input: Tensor,
+    target: Tensor,
+    *,
+    activation: str = "softmax",
+    pixel_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    per_image: bool = False,
+    intersection: str = "min",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What every overlap score is made of: intersection, predicted and labelled area of each class, from logits.
+
+    For pixels with probabilities p, labels y and pixel weights m (0 where ignored), over a group of pixels, which is an
+    image or the whole batch::
+
+        I = sum m min(p, y)    P = sum m p    T = sum m y        (I = sum m p y for intersection="product")
+
+    Returns:
+        I, P and T, each (G, C): G is the number of images with ``per_image``, else 1.
+
+    >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
+    >>> overlap_statistics(logits, torch.tensor([0, 1]))
+    (tensor([[0.8808, 0.5000]]), tensor([[1.3808, 0.6192]]), tensor([[1., 1.]]))
+    """
+    view = _view("overlap_statistics", input, target, activation, pixel_weight, ignore_index)
+    return _statistics(view, per_image, intersection)
+
+
+def soft_iou_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    activation: str = "softmax",
+    pixel_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    classes: Sequence[int] | None = None,
+    per_image: bool = False,
+    absent: str = "skip",
+    smooth: float = 0.0,
+    eps: float = 1e-7,
+    log: bool = False,
+    gamma: float = 1.0,
+    intersection: str = "min",
+    reduction: str = "mean",
+) -> Tensor:
+    """One minus the soft intersection over union of each class: :func:`tversky_loss` with alpha = beta = 1.
+
+    >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
+    >>> soft_iou_loss(logits, torch.tensor([0, 1]))
+    tensor(0.4830)
+    """
+    return tversky_loss(
+        input,
+        target,
+        weight,
+        alpha=1.0,
+        beta=1.0,
+        activation=activation,
+        pixel_weight=pixel_weight,
+        ignore_index=ignore_index,
+        classes=classes,
+        per_image=per_image,
+        absent=absent,
+        smooth=smooth,
+        eps=eps,
+        log=log,
+        gamma=gamma,
+        intersection=intersection,
+        reduction=reduction,
+    )
+
+
+def dice_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    activation: str = "softmax",
+    pixel_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    classes: Sequence[int] | None = None,
+    per_image: bool = False,
+    absent: str = "skip",
+    smooth: float = 0.0,
+    eps: float = 1e-7,
+    log: bool = False,
+    gamma: float = 1.0,
+    intersection: str = "min",
+    reduction: str = "mean",
+) -> Tensor:
+    """One minus the soft Dice score of each class: :func:`tversky_loss` with alpha = beta = 1/2.
+
+    >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
+    >>> dice_loss(logits, torch.tensor([0, 1]))
+    tensor(0.3212)
+    """
+    return tversky_loss(
+        input,
+        target,
+        weight,
+        alpha=0.5,
+        beta=0.5,
+        activation=activation,
+        pixel_weight=pixel_weight,
+        ignore_index=ignore_index,
+        classes=classes,
+        per_image=per_image,
+        absent=absent,
+        smooth=smooth,
+        eps=eps,
+        log=log,
+        gamma=gamma,
+        intersection=intersection,
+        reduction=reduction,
+    )
+
+
+def tversky_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    alpha: float,
+    beta: float,
+    activation: str = "softmax",
+    pixel_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    classes: Sequence[int] | None = None,
+    per_image: bool = False,
+    absent: str = "skip",
+    smooth: float = 0.0,
+    eps: float = 1e-7,
+    log: bool = False,
+    gamma: float = 1.0,
+    intersection: str = "min",
+    reduction: str = "mean",
+) -> Tensor:
+    """Overlap loss of each class, alpha and beta weighing what is predicted too much and too little.
+
+    With I, P and T of :func:`overlap_statistics`, FP = P - I and FN = T - I::
+
+        score = (I + smooth) / max(I + alpha FP + beta FN + smooth, eps)
+        loss  = max(1 - score, 0)^gamma               or, with log, max(-log(max(score, eps)), 0)^gamma
+
+    A class counts in a group unless T = 0 there and ``absent`` is "skip" ("count": it counts by the formula; "zero": it
+    counts with loss 0), and unless every pixel of the group has weight 0.
+
+    Returns:
+        "mean": of the groups in which a class counts, sum w loss / sum w over the classes that count; 0 without any.
+        "sum": sum of w loss over groups and counting classes. "none": loss, (G, classes), 0 where one does not count.
+
+    >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
+    >>> tversky_loss(logits, torch.tensor([0, 1]), alpha=0.3, beta=0.7, reduction="none")
+    tensor([[0.2095, 0.4355]])
+    """
+    view = _view("tversky_loss", input, target, activation, pixel_weight, ignore_index)
+    loss, counts = _overlap(view, alpha, beta, classes, per_image, absent, smooth, eps, log, gamma, intersection)
+    if reduction == "none":
+        return loss
+    class_weight = _chosen(_ones_or(weight, view), classes) * counts
+    weighted = class_weight * loss
+    if reduction == "sum":
+        return weighted.sum()
+    if reduction != "mean":
+        raise ValueError(f"tversky_loss: `reduction` must be 'none', 'mean' or 'sum', got {reduction!r}")
+    group_loss = _divide(weighted.sum(dim=1), class_weight.sum(dim=1))
+    return _divide(group_loss.sum(), counts.any(dim=1).to(loss.dtype).sum())
+
+
+def brier_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    activation: str = "softmax",
+    pixel_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Squared difference of probabilities and labels, summed over the classes.
+
+    For a pixel with probabilities p, labels y, pixel weight m (0 where ignored) and class weights w::
+
+        loss = m sum_c w_c (p_c - y_c)^2
+
+        "none": loss, (N, *spatial)    "sum": sum loss    "mean": sum loss / sum m, 0 where that is 0
+
+    >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
+    >>> brier_loss(logits, torch.tensor([0, 1]), reduction="none")
+    tensor([0.0284, 0.5000])
+    """
+    view = _view("brier_loss", input, target, activation, pixel_weight, ignore_index)
+    loss = _brier(view, weight)
+    if reduction == "none":
+        return loss.reshape(view.pixel_shape)
+    if reduction == "sum":
+        return loss.sum()
+    if reduction != "mean":
+        raise ValueError(f"brier_loss: `reduction` must be 'none', 'mean' or 'sum', got {reduction!r}")
+    return _divide(loss.sum(), view.pixel_weight.sum())
+
+
+def segmentation_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    cross_entropy: float = 1.0,
+    iou: float = 1.0,
+    brier: float = 0.0,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    label_smoothing: float = 0.0,
+    pos_weight: Tensor | None = None,
+    activation: str = "softmax",
+    pixel_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    classes: Sequence[int] | None = None,
+    per_image: bool = False,
+    absent: str = "skip",
+    smooth: float = 0.0,
+    eps: float = 1e-7,
+    log: bool = False,
+    gamma: float = 1.0,
+    intersection: str = "min",
+    return_terms: bool = False,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """Weighted sum of cross-entropy, an overlap loss and the Brier loss.
+
+    ``cross_entropy * CE + iou * overlap + brier * Brier``, where overlap is :func:`tversky_loss`, Brier is
+    :func:`brier_loss`, and, with pixel weights m, class weights w and y~ = (1 - e) y + e / C::
+
+        softmax  CE = sum m sum_c w_c y~_c (lse - z_c)  /  sum m w_y   (sum m for probabilities as labels)
+        sigmoid  CE = sum m / C sum_c w_c (pos_weight_c y~_c softplus(-z_c) + (1 - y~_c) softplus(z_c))  /  sum m
+
+    A term with factor 0 is not computed. Where a divisor is 0, so is the term.
+
+    >>> logits = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
+    >>> loss, terms = segmentation_loss(logits, torch.tensor([0, 1]), return_terms=True)
+    >>> loss, terms
+    (tensor(0.8931), {'cross_entropy': tensor(0.4100), 'iou': tensor(0.4830)})
+    """
+    options: dict[str, Any] = {"activation": activation, "pixel_weight": pixel_weight, "ignore_index": ignore_index}
+    view = _view("segmentation_loss", input, target, **options)
+    terms: dict[str, Tensor] = {}
+    if cross_entropy != 0.0:
+        terms["cross_entropy"] = _cross_entropy_term(view, weight, label_smoothing, pos_weight)
+    if iou != 0.0:
+        terms["iou"] = tversky_loss(
+            input,
+            target,
+            weight,
+            alpha=alpha,
+            beta=beta,
+            classes=classes,
+            per_image=per_image,
+            absent=absent,
+            smooth=smooth,
+            eps=eps,
+            log=log,
+            gamma=gamma,
+            intersection=intersection,
+            **options,
+        )
+    if brier != 0.0:
+        terms["brier"] = brier_loss(input, target, weight, **options)
+    factors = {"cross_entropy": cross_entropy, "iou": iou, "brier": brier}
+    loss = torch.zeros((), dtype=view.probabilities.dtype, device=input.device)
+    for name, term in terms.items():
+        loss = loss + factors[name] * term
+    return (loss, {name: term.detach() for name, term in terms.items()}) if return_terms else loss
+
+
+# ---- what the losses on probabilities share --------------------------------------------------------------------------
+
+
+@dataclass
+class _View:
+    """A call as samples N of pixels S of classes C. Ignored pixels have weight 0, and logits and labels of 0."""
+
+    logits: Tensor  # (N, C, S)
+    probabilities: Tensor  # (N, C, S)
+    labels: Tensor  # (N, C, S): soft, or one-hot
+    pixel_weight: Tensor  # (N, S)
+    index: Tensor | None  # (N, S) of int64, where the labels are class indices under softmax
+    activation: str
+    pixel_shape: list[int]
+
+
+def _view(
+    name: str, input: Tensor, target: Tensor, activation: str, pixel_weight: Tensor | None, ignore_index: int
+) -> _View:
+    if input.dim() < 2:
+        raise ValueError(f"{name}: `input` must have the shape (N, C) or (N, C, d1, ..., dK), got {tuple(input.shape)}")
+    samples, classes = input.shape[:2]
+    if activation not in ("softmax", "sigmoid", "none"):
+        raise ValueError(f"{name}: `activation` must be 'softmax', 'sigmoid' or 'none', got {activation!r}")
+    if activation == "softmax" and classes == 1:
+        raise ValueError(f"{name}: softmax of one class is 1 everywhere; use activation='sigmoid'")
+    pixel_shape = [samples, *input.shape[2:]]
+    dtype = _compute_dtype(_result_dtype(input, target) if target.is_floating_point() else input.dtype)
+
+    pixels = torch.ones(pixel_shape, dtype=dtype, device=input.device)
+    if pixel_weight is not None:
+        pixels = pixels * pixel_weight.to(dtype)
+    index = None
+    if target.shape == input.shape and (target.is_floating_point() or activation != "softmax"):
+        if not target.is_floating_point() and classes == 1:  # a mask, in which a value may say that a pixel is ignored
+            target = target.squeeze(1).to(torch.int64)
+            pixels = torch.where(target == ignore_index, 0.0, pixels)
+            target = torch.where(target == ignore_index, 0, target).unsqueeze(1)
+        elif ignore_index >= 0:
+            raise ValueError(f"{name}: `ignore_index` must be negative with a label for each class, got {ignore_index}")
+        labels = target.to(dtype)
+    elif list(target.shape) == pixel_shape and not target.is_floating_point():
+        index = target.to(torch.int64)
+        ignored = index == ignore_index
+        pixels = torch.where(ignored, 0.0, pixels)
+        index = torch.where(ignored, 0, index)
+        if classes == 1:
+            labels = index.unsqueeze(1).to(dtype)
+        else:
+            labels = torch.zeros_like(input, dtype=dtype).scatter(1, index.unsqueeze(1), 1.0)
+    else:
+        raise ValueError(f"{name}: `target` must have the shape {tuple(pixel_shape)} or {tuple(input.shape)}")
+
+    counts = (pixels != 0).unsqueeze(1)
+    zero = torch.zeros((), dtype=dtype, device=input.device)
+    logits = torch.where(counts, input.to(dtype), zero)
+    if activation == "softmax":
+        probabilities = torch.softmax(logits, dim=1)
+    else:
+        probabilities = torch.sigmoid(logits) if activation == "sigmoid" else logits
+    flat = (samples, classes, math.prod(pixel_shape[1:]))
+    return _View(
+        logits.reshape(flat),
+        probabilities.reshape(flat),
+        torch.where(counts, labels, zero).reshape(flat),
+        pixels.reshape(samples, flat[2]),
+        None if index is None or activation != "softmax" else index.reshape(samples, flat[2]),
+        activation,
+        pixel_shape,
+    )
+
+
+def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Quotient, 0 where the denominator is; written so that its derivative there is 0 too."""
+    some = denominator != 0
+    return torch.where(some, numerator / torch.where(some, denominator, 1.0), 0.0)
+
+
+def _ones_or(weight: Tensor | None, view: _View) -> Tensor:
+    """(C,)"""
+    like = view.probabilities
+    return like.new_ones(like.shape[1]) if weight is None else weight.to(like.dtype)
+
+
+def _chosen(of_classes: Tensor, classes: Sequence[int] | None) -> Tensor:
+    """Of (..., C), the classes that are asked for."""
+    return of_classes if classes is None else of_classes[..., list(classes)]
+
+
+def _brier(view: _View, weight: Tensor | None) -> Tensor:
+    """(N, S)"""
+    square = (view.probabilities - view.labels) ** 2
+    return view.pixel_weight * (_ones_or(weight, view)[:, None] * square).sum(dim=1)
+
+
+def _cross_entropy_term(
+    view: _View, weight: Tensor | None, label_smoothing: float, pos_weight: Tensor | None
+) -> Tensor:
+    classes = view.logits.shape[1]
+    class_weight = _ones_or(weight, view)[:, None]
+    if view.activation == "none":
+        raise ValueError("segmentation_loss: `cross_entropy` must be 0 with activation='none'")
+    if view.activation == "sigmoid":
+        label = (1.0 - label_smoothing) * view.labels + label_smoothing / classes
+        positive = label * _ones_or(pos_weight, view)[:, None]
+        # log(exp(z) + exp(0)) and not softplus, which torch replaces by its argument above 20.
+        zero = torch.zeros_like(view.logits)
+        loss = positive * torch.logaddexp(-view.logits, zero) + (1.0 - label) * torch.logaddexp(view.logits, zero)
+        loss = (class_weight * loss).sum(dim=1) / classes
+        return _divide((view.pixel_weight * loss).sum(), view.pixel_weight.sum())
+    log_probability = torch.log_softmax(view.logits, dim=1)
+    if view.index is None:
+        label = view.labels
+        if label_smoothing > 0.0:
+            label = (1.0 - label_smoothing) * label + label_smoothing / classes
+        loss = -(class_weight * label * log_probability).sum(dim=1)
+        return _divide((view.pixel_weight * loss).sum(), view.pixel_weight.sum())
+    # By index and not by one-hot labels, whose 0 times a logarithm of -infinity would be NaN.
+    index = view.index.unsqueeze(1)
+    label_weight = class_weight.expand(view.logits.shape).gather(1, index).squeeze(1)
+    loss = -label_weight * log_probability.gather(1, index).squeeze(1)
+    if label_smoothing > 0.0:
+        evenly = -(class_weight * log_probability).sum(dim=1)
+        loss = (1.0 - label_smoothing) * loss + (label_smoothing / classes) * evenly
+    return _divide((view.pixel_weight * loss).sum(), (view.pixel_weight * label_weight).sum())
+
+
+def _statistics(view: _View, per_image: bool, intersection: str) -> tuple[Tensor, Tensor, Tensor]:
+    """I, P and T, each (G, C)."""
+    m, p, y = view.pixel_weight.unsqueeze(1), view.probabilities, view.labels
+    if intersection not in ("min", "product"):
+        raise ValueError(f"`intersection` must be 'min' or 'product', got {intersection!r}")
+    # At p = y, torch.minimum gives half of the gradient to each.
+    both = torch.minimum(p, y) if intersection == "min" else p * y
+    sums = tuple((m * values).sum(dim=2) for values in (both, p, y))
+    return sums if per_image else tuple(values.sum(dim=0, keepdim=True) for values in sums)  # type: ignore[return-value]
+
+
+def _overlap(
+    view: _View,
+    alpha: float,
+    beta: float,
+    classes: Sequence[int] | None,
+    per_image: bool,
+    absent: str,
+    smooth: float,
+    eps: float,
+    log: bool,
+    gamma: float,
+    intersection: str,
+) -> tuple[Tensor, Tensor]:
+    """Loss of each chosen class in each group, 0 where it does not count, and whether it counts: (G, classes)."""
+    i, p, t = (_chosen(s, classes) for s in _statistics(view, per_image, intersection))
+    score = (i + smooth) / (i + alpha * (p - i) + beta * (t - i) + smooth).clamp_min(eps)
+    loss = -torch.log(score.clamp_min(eps)) if log else 1.0 - score
+    loss = loss.clamp_min(0.0)
+    if gamma != 1.0:
+        positive = loss > 0.0  # at 0 the power may have an infinite derivative
+        loss = torch.where(positive, torch.where(positive, loss, 1.0) ** gamma, 0.0)
+
+    pixels = view.pixel_weight.sum(dim=1, keepdim=True) if per_image else view.pixel_weight.sum().reshape(1, 1)
+    counts = (pixels != 0).expand(loss.shape)
+    present = t != 0
+    if absent == "skip":
+        counts = counts & present
+        loss = torch.where(counts, loss, 0.0)
+    elif absent == "zero":
+        loss = torch.where(counts & present, loss, 0.0)
+    elif absent == "count":
+        loss = torch.where(counts, loss, 0.0)
+    else:
+        raise ValueError(f"`absent` must be 'skip', 'count' or 'zero', got {absent!r}")
+    return loss, counts
 
 
 def _result_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -137,18 +137,19 @@ class Block {
         const int64_t y_stride = params_.target_layout.class_stride;
         kept_ = keep && classes_.count <= kTileClasses;
         if (kept_) {
-          forward_tile<kLabels, true>(classes_, z_, z_stride, y_, y_stride, count, sums, tile);
+          forward_tile<kLabels, true>(classes_, z_, z_stride, y_, y_stride, count, sums, tile, kTileStride<A>);
         } else {
-          forward_tile<kLabels, false>(classes_, z_, z_stride, y_, y_stride, count, sums, tile);
+          forward_tile<kLabels, false>(classes_, z_, z_stride, y_, y_stride, count, sums, tile, kTileStride<A>);
         }
         break;
       }
       case Visit::kTransposed:
         kept_ = true;
         if constexpr (kLabels == Labels::kSoft) {
-          forward_tile<kLabels, true>(classes_, tile, kTileStride<A>, y_tile_, kTileStride<A>, count, sums, tile);
+          forward_tile<kLabels, true>(classes_, tile, kTileStride<A>, y_tile_, kTileStride<A>, count, sums, tile,
+                                      kTileStride<A>);
         } else {
-          forward_tile<kLabels, true>(classes_, tile, kTileStride<A>, y_, 0, count, sums, tile);
+          forward_tile<kLabels, true>(classes_, tile, kTileStride<A>, y_, 0, count, sums, tile, kTileStride<A>);
         }
         break;
       case Visit::kRows:

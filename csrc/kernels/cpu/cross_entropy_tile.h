@@ -53,12 +53,12 @@ struct alignas(64) BlockGradients {
 };
 
 // `kVectors` vectors of pixels from pixel `i` on; with kPartial one vector whose first `count` lanes are pixels.
-// With kKeep the exponentials exp(z - m) go into `kept`, class-major with kTileStride (may be z itself), for a backward
-// that follows at once.
+// With kKeep the exponentials exp(z - m) go into `kept`, class-major with kept_stride (may be z itself), for what else
+// is made of them.
 template <Labels kLabels, bool kKeep, int kVectors, bool kPartial, class T, class Y>
 FUSEDLOSS_HOST_DEVICE void forward_vectors(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride,
                                            const Y* y, int64_t y_stride, int i, int count,
-                                           BlockSums<ComputeType<T>>& out, ComputeType<T>* kept) {
+                                           BlockSums<ComputeType<T>>& out, ComputeType<T>* kept, int64_t kept_stride) {
   using A = ComputeType<T>;
   using V = Vector<A>;
   constexpr int lanes = kLanes<A>;
@@ -90,7 +90,7 @@ FUSEDLOSS_HOST_DEVICE void forward_vectors(const Classes<ComputeType<T>>& classe
       const V logit = read(row + v * lanes);
       const V exponential = math::exp_shifted<V>(logit, maximum[v]);
       sum[v] += exponential;
-      if constexpr (kKeep) store<A>(kept + c * kTileStride<A> + i + v * lanes, exponential);
+      if constexpr (kKeep) store<A>(kept + c * kept_stride + i + v * lanes, exponential);
       if constexpr (kLabels == Labels::kIndexSmoothed) b[v] += weight * (logit - maximum[v]);
       if constexpr (kLabels == Labels::kSoft) {
         const V label = read(y + c * y_stride + i + v * lanes);
@@ -125,11 +125,11 @@ FUSEDLOSS_HOST_DEVICE void for_vectors(int count, Visit visit) {
 
 template <Labels kLabels, bool kKeep, class T, class Y>
 void forward_tile(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride, const Y* y, int64_t y_stride,
-                  int count, BlockSums<ComputeType<T>>& out, ComputeType<T>* kept) {
+                  int count, BlockSums<ComputeType<T>>& out, ComputeType<T>* kept, int64_t kept_stride) {
   // Two (index) to four accumulators a vector have to fit in the registers.
   constexpr int vectors = kLabels == Labels::kIndex ? 8 : 4;
   for_vectors<ComputeType<T>, vectors>(count, [&](auto v, auto partial, int i, int n) {
-    forward_vectors<kLabels, kKeep, v(), partial()>(classes, z, z_stride, y, y_stride, i, n, out, kept);
+    forward_vectors<kLabels, kKeep, v(), partial()>(classes, z, z_stride, y, y_stride, i, n, out, kept, kept_stride);
   });
 }
 

@@ -7,6 +7,7 @@
 
 #include "kernels/cross_entropy.h"
 #include "kernels/mse_loss.h"
+#include "kernels/segmentation.h"
 
 namespace fusedloss::cpu {
 
@@ -19,6 +20,13 @@ struct KernelTable {
                                 CrossEntropyPartial* partials);
   void (*cross_entropy_backward)(const CrossEntropyParams&, int64_t begin, int64_t end, void* scratch);
   void (*cross_entropy_label_backward)(const CrossEntropyParams&, int64_t begin, int64_t end);
+
+  // tables: (chunks, 3, C) of the whole call: I, P and T of each class; not touched without an overlap term.
+  int64_t (*segmentation_scratch_bytes)(const SegmentationParams&);
+  void (*segmentation_forward)(const SegmentationParams&, int64_t begin, int64_t end, void* scratch,
+                               SegmentationPartial* partials, double* tables);
+  void (*segmentation_backward)(const SegmentationParams&, int64_t begin, int64_t end, void* scratch);
+  void (*segmentation_label_backward)(const SegmentationParams&, int64_t begin, int64_t end, void* scratch);
 
   void (*mse_loss_forward)(const MseLossParams&, int64_t begin, int64_t end, MseLossPartial* partials);
   void (*mse_loss_forward_and_gradient)(const MseLossParams&, int64_t begin, int64_t end, MseLossPartial* partials);

@@ -3,6 +3,7 @@
 
 #include "kernels/cross_entropy.h"
 #include "kernels/mse_loss.h"
+#include "kernels/segmentation.h"
 
 namespace fusedloss::cpu::FUSEDLOSS_LEVEL {
 
@@ -13,6 +14,12 @@ void cross_entropy_forward(const CrossEntropyParams& params, int64_t begin, int6
                            CrossEntropyPartial* partials);
 void cross_entropy_backward(const CrossEntropyParams& params, int64_t begin, int64_t end, void* scratch);
 void cross_entropy_label_backward(const CrossEntropyParams& params, int64_t begin, int64_t end);
+
+int64_t segmentation_scratch_bytes(const SegmentationParams& params);
+void segmentation_forward(const SegmentationParams& params, int64_t begin, int64_t end, void* scratch,
+                          SegmentationPartial* partials, double* tables);
+void segmentation_backward(const SegmentationParams& params, int64_t begin, int64_t end, void* scratch);
+void segmentation_label_backward(const SegmentationParams& params, int64_t begin, int64_t end, void* scratch);
 
 void mse_loss_forward(const MseLossParams& params, int64_t begin, int64_t end, MseLossPartial* partials);
 void mse_loss_forward_and_gradient(const MseLossParams& params, int64_t begin, int64_t end, MseLossPartial* partials);

@@ -1,0 +1,751 @@
+// Cross-entropy, squared error and overlap statistics of the same probabilities, on the CPU.
+//
+// Plan. A chunk is a run of pixels of one sample; it goes block by block:
+//   forward    1. per pixel: label, weight m
+//              2. a class-major tile in the cache: exp(z - m) with its sums, sigmoid(z), or z
+//              3. per pixel: cross-entropy;  per class: overlap statistics;  per pixel: squared error
+//   backward   1. per pixel: label, m
+//              2. softmax: the tile of probabilities, and the sums over the classes that their gradient needs
+//              3. per pixel and class: the gradient
+// Class-strided logits are read and gradients written where they lie; class-innermost ones pass through the tile, which
+// is transposed. Cross-entropy alone has kernels of its own (cross_entropy.cpp), which write the gradient in the
+// forward: with an overlap term it is not known there.
+#include <type_traits>
+
+#include "kernels/cpu/convert.h"
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/segmentation_tile.h"
+#include "kernels/cpu/transpose.h"
+
+namespace fusedloss::cpu::FUSEDLOSS_LEVEL {
+namespace {
+
+template <class P>
+using Pointee = std::remove_pointer_t<P>;
+
+template <bool kValue>
+using Bool = std::bool_constant<kValue>;
+
+int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The caller's scratch memory
+
+// Pixels of a block: whole vectors, few enough that a tile of all classes stays in the L2 cache.
+template <class A>
+int block_width(int64_t classes) {
+  const int64_t fit = (int64_t{128} << 10) / (classes * static_cast<int64_t>(sizeof(A)));
+  if (fit >= kBlock<A>) return kBlock<A>;
+  return fit > kLanes<A> ? static_cast<int>(fit / kLanes<A> * kLanes<A>) : kLanes<A>;
+}
+
+// Labels come into the kernels of soft labels as a tile; no activation needs one too, because only the minimum itself
+// is right for numbers that are not in [0, 1].
+bool has_label_tile(const SegmentationParams& params) {
+  return params.soft_labels || params.activation == Activation::kNone;
+}
+
+template <class A>
+struct Workspace {
+  int64_t stride;  // of the tiles, from class to class: one vector more than a block
+  A* tile;         // (C or lanes, stride)
+  A* labels;       // (C or lanes, stride), where has_label_tile; also the rows on their way to a streamed gradient
+  OverlapSums<A> sums;
+  double* of_labels;  // (4, C, 2): I and T of class indices, in four parts so that no sum waits for the one before
+
+  static int64_t tile_bytes(int64_t classes) {
+    const int64_t rows = classes > kLanes<A> ? classes : kLanes<A>;  // tile_to_rows reads so many
+    return rows * (block_width<A>(classes) + kLanes<A>)*static_cast<int64_t>(sizeof(A));
+  }
+  static int64_t sums_bytes(int64_t classes) { return classes * kVectorBytes; }
+  static int64_t bytes(int64_t classes) {
+    return 2 * tile_bytes(classes) + 3 * sums_bytes(classes) + 8 * round_up(classes, 8) * int64_t{8};
+  }
+
+  Workspace(void* scratch, int64_t classes) {
+    stride = block_width<A>(classes) + kLanes<A>;
+    char* at = static_cast<char*>(scratch);
+    const auto take = [&](int64_t bytes) {
+      char* taken = at;
+      at += bytes;
+      return taken;
+    };
+    tile = reinterpret_cast<A*>(take(tile_bytes(classes)));
+    labels = reinterpret_cast<A*>(take(tile_bytes(classes)));
+    sums.intersection = reinterpret_cast<A*>(take(sums_bytes(classes)));
+    sums.predicted = reinterpret_cast<A*>(take(sums_bytes(classes)));
+    sums.labelled = reinterpret_cast<A*>(take(sums_bytes(classes)));
+    of_labels = reinterpret_cast<double*>(at);
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Chunks and blocks
+
+struct SegmentationChunk {
+  int64_t sample;
+  int64_t group;
+  int64_t first;
+  int64_t count;
+
+  SegmentationChunk(const SegmentationParams& params, int64_t index) {
+    const int64_t size = segmentation_chunk_pixels(params.classes, params.samples, params.pixels);
+    const int64_t per_sample = segmentation_chunks_per_sample(params.classes, params.samples, params.pixels);
+    sample = index / per_sample;
+    group = params.groups > 1 ? sample : 0;
+    first = index % per_sample * size;
+    count = params.pixels - first < size ? params.pixels - first : size;
+  }
+};
+
+int64_t offset_of(const LogitLayout& layout, int64_t sample, int64_t pixel) {
+  return sample * layout.sample_stride + pixel * layout.pixel_stride;
+}
+
+template <class A>
+Classes<A> classes_of(const SegmentationParams& params) {
+  const A smoothing = static_cast<A>(params.label_smoothing);
+  return {static_cast<int>(params.classes),
+          static_cast<const A*>(params.weight),
+          {static_cast<A>(1.0 - params.label_smoothing), smoothing / static_cast<A>(params.classes)}};
+}
+
+// Some pixels of one sample.
+template <class T>
+struct SegmentationBlock {
+  using A = ComputeType<T>;
+
+  const SegmentationParams& params;
+  const Classes<A>& classes;
+  const Workspace<A>& work;
+  const int64_t sample;
+  const int64_t pixel;
+  const int64_t flat;  // position of the first pixel in (N, S)
+  const int count;
+  const int padded;  // up to the end of the last vector
+  const T* const z;
+  int64_t bad_label = -1;
+  SegmentationPixels<A> pixels;
+
+  SegmentationBlock(const SegmentationParams& params, const Classes<A>& classes, const Workspace<A>& work,
+                    const SegmentationChunk& chunk, int64_t done)
+      : params(params),
+        classes(classes),
+        work(work),
+        sample(chunk.sample),
+        pixel(chunk.first + done),
+        flat(chunk.sample * params.pixels + pixel),
+        count(block_count(classes.count, chunk.count - done)),
+        padded(static_cast<int>(round_up(count, kLanes<A>))),
+        z(static_cast<const T*>(params.input) + offset_of(params.input_layout, sample, pixel)) {
+    read_pixels();
+    if (has_label_tile(params)) fill_labels();
+    if (transposed()) {
+      rows_to_tile(z, params.input_layout.pixel_stride, count, classes.count, work.tile, static_cast<int>(work.stride));
+      zero_tail(work.tile);
+    }
+  }
+
+  bool transposed() const { return params.input_layout.pixel_stride != 1; }
+
+  static int block_count(int64_t classes, int64_t left) {
+    const int most = block_width<A>(classes);
+    return static_cast<int>(left < most ? left : most);
+  }
+
+  // Calls f(logits, stride from class to class): where they lie, or in the tile.
+  template <class F>
+  void with_logits(F f) const {
+    if (transposed()) {
+      f(static_cast<const A*>(work.tile), work.stride);
+    } else {
+      f(z, params.input_layout.class_stride);
+    }
+  }
+
+  A logit(int i, int64_t c) const {
+    return load_one(z + i * params.input_layout.pixel_stride + c * params.input_layout.class_stride);
+  }
+
+ private:
+  // Weights and class indices.
+  void read_pixels() {
+    if (params.pixel_weight == nullptr) {
+      for (int i = 0; i < count; ++i) pixels.weight[i] = 1;
+    } else if (params.pixel_weight_dtype == DType::kBool) {
+      const uint8_t* mask = static_cast<const uint8_t*>(params.pixel_weight) + flat;
+      for (int i = 0; i < count; ++i) pixels.weight[i] = mask[i] != 0 ? A(1) : A(0);
+    } else {
+      read_numbers<A>(params.pixel_weight, params.pixel_weight_dtype, flat, 1, count, pixels.weight);
+    }
+    if (!params.soft_labels) {
+      const DType dtype = params.target_dtype == DType::kBool ? DType::kUInt8 : params.target_dtype;
+      const auto first = static_cast<math::Bits<A>>(params.first_label);
+      bad_label =
+          read_labels(params.target, dtype, flat, count, params.ignore_index, params.classes + first, pixels.label);
+      for (int i = 0; i < count; ++i) {
+        pixels.weight[i] = pixels.label[i] < 0 ? A(0) : pixels.weight[i];
+        pixels.label[i] -= first;
+      }
+    } else {
+      for (int i = 0; i < count; ++i) pixels.label[i] = -1;
+    }
+    for (int i = count; i < padded; ++i) {
+      pixels.weight[i] = 0;
+      pixels.label[i] = -1;
+    }
+    if (params.activation != Activation::kSoftmax) {
+      for (int i = 0; i < padded; ++i) pixels.inverse_sum[i] = 1;
+    }
+  }
+
+  void zero_tail(A* tile) const {
+    if (count == padded) return;
+    for (int64_t c = 0; c < classes.count; ++c) {
+      for (int i = count; i < padded; ++i) tile[c * work.stride + i] = 0;
+    }
+  }
+
+  // The label of each class, 0 where m is.
+  void fill_labels() {
+    A* tile = work.labels;
+    if (!params.soft_labels) {
+      for (int64_t c = 0; c < classes.count; ++c) {
+        for (int i = 0; i < padded; ++i) tile[c * work.stride + i] = pixels.label[i] == c ? A(1) : A(0);
+      }
+      return;
+    }
+    const LogitLayout& layout = params.target_layout;
+    const int64_t at = offset_of(layout, sample, pixel);
+    if (params.target_dtype == DType::kBool || params.target_dtype == DType::kUInt8) {
+      const uint8_t* y = static_cast<const uint8_t*>(params.target) + at;
+      for (int64_t c = 0; c < classes.count; ++c) {
+        for (int i = 0; i < count; ++i) {
+          const uint8_t label = y[i * layout.pixel_stride + c * layout.class_stride];
+          if (label > 1 && bad_label < 0 && params.target_dtype == DType::kUInt8) {
+            bad_label = (sample * classes.count + c) * params.pixels + pixel + i;
+          }
+          tile[c * work.stride + i] = label != 0 ? A(1) : A(0);
+        }
+      }
+    } else if (layout.pixel_stride == 1) {
+      for (int64_t c = 0; c < classes.count; ++c) {
+        read_numbers<A>(params.target, params.target_dtype, at + c * layout.class_stride, 1, count,
+                        tile + c * work.stride);
+      }
+    } else {
+      with_floating_type(params.target_dtype, [&](auto* type) {
+        using Y = Pointee<decltype(type)>;
+        if constexpr (std::is_same_v<ComputeType<Y>, A>) {
+          rows_to_tile(static_cast<const Y*>(params.target) + at, layout.pixel_stride, count, classes.count, tile,
+                       static_cast<int>(work.stride));
+        }
+      });
+    }
+    zero_tail(tile);
+    for (int i = 0; i < count; ++i) {
+      if (pixels.weight[i] != A(0)) continue;
+      for (int64_t c = 0; c < classes.count; ++c) tile[c * work.stride + i] = 0;
+    }
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward
+
+// Softmax: exponentials into the tile, statistics, and the cross-entropy of each pixel (not yet times m).
+// label_weight: w_y of each pixel, 0 where there is no label; of class indices only.
+template <class T>
+void fill_softmax(SegmentationBlock<T>& block, ComputeType<T>* cross_entropy, ComputeType<T>* label_weight) {
+  using A = ComputeType<T>;
+  using V = Vector<A>;
+  const SegmentationParams& params = block.params;
+  const Classes<A>& classes = block.classes;
+  SegmentationPixels<A>& pixels = block.pixels;
+  A* tile = block.work.tile;
+  const int64_t stride = block.work.stride;
+  BlockSums<A> sums;
+  const Labels labels = !params.cross_entropy           ? Labels::kIndex
+                        : params.soft_labels            ? Labels::kSoft
+                        : params.label_smoothing != 0.0 ? Labels::kIndexSmoothed
+                                                        : Labels::kIndex;
+  block.with_logits([&](const auto* z, int64_t z_stride) {
+    const auto run = [&](auto kind) {
+      forward_tile<kind(), true>(classes, z, z_stride, block.work.labels, stride, block.count, sums, tile, stride);
+    };
+    switch (labels) {
+      case Labels::kIndex:
+        return run(std::integral_constant<Labels, Labels::kIndex>{});
+      case Labels::kIndexSmoothed:
+        return run(std::integral_constant<Labels, Labels::kIndexSmoothed>{});
+      default:
+        return run(std::integral_constant<Labels, Labels::kSoft>{});
+    }
+  });
+  int not_finite = 0;
+  for (int i = 0; i < block.padded; ++i) {
+    const A sum = sums.sum[i];
+    pixels.inverse_sum[i] = pixels.weight[i] == A(0) ? A(0) : A(1) / sum;
+    not_finite += !(sum - sum == A(0));
+  }
+  if (not_finite > 0) {
+    for (int i = 0; i < block.padded; ++i) {
+      if (pixels.weight[i] != A(0)) continue;
+      for (int64_t c = 0; c < classes.count; ++c) tile[c * stride + i] = 0;
+    }
+  }
+  if (params.maximum != nullptr) {
+    __builtin_memcpy(static_cast<A*>(params.maximum) + block.flat, sums.maximum, sizeof(A) * block.count);
+    __builtin_memcpy(static_cast<A*>(params.sum) + block.flat, sums.sum, sizeof(A) * block.count);
+  }
+  if (!params.cross_entropy) return;
+
+  alignas(64) A label_logit[kBlock<A>];
+  if (labels != Labels::kSoft) {
+    for (int i = 0; i < block.padded; ++i) {
+      const auto label = pixels.weight[i] == A(0) ? math::Bits<A>(-1) : pixels.label[i];
+      label_logit[i] = label < 0 ? A(0) : block.logit(i, label) - sums.maximum[i];
+      label_weight[i] = label < 0 ? A(0) : classes.weight_of(label);
+    }
+  }
+  const math::Smoothing<V> smoothing{splat<V>(classes.smoothing.label), splat<V>(classes.smoothing.every)};
+  const V weight_sum = splat<V>(static_cast<A>(params.weight_sum));
+  for (int i = 0; i < block.padded; i += kLanes<A>) {
+    V a, b;
+    if (labels == Labels::kSoft) {
+      a = load(sums.a + i);
+      b = load(sums.b + i);
+    } else if (labels == Labels::kIndexSmoothed) {
+      a = math::index_label_a<V>(smoothing, load(label_weight + i), weight_sum);
+      b = math::index_label_b<V>(smoothing, load(label_weight + i), load(label_logit + i), load(sums.b + i));
+    } else {
+      a = load(label_weight + i);
+      b = a * load(label_logit + i);
+    }
+    store(cross_entropy + i, math::cross_entropy<V>(a, b, math::log<V>(load(sums.sum + i))));
+  }
+}
+
+template <class T>
+void fill(SegmentationBlock<T>& block, ComputeType<T>* cross_entropy, ComputeType<T>* label_weight) {
+  using A = ComputeType<T>;
+  const SegmentationParams& params = block.params;
+  if (params.activation == Activation::kSoftmax) return fill_softmax(block, cross_entropy, label_weight);
+  block.with_logits([&](const auto* z, int64_t z_stride) {
+    const auto run = [&](auto sigmoid, auto soft, auto with_cross_entropy) {
+      fill_each<sigmoid(), soft(), with_cross_entropy()>(
+          block.classes, z, z_stride, static_cast<const A*>(params.pos_weight), block.work.labels, block.count,
+          block.pixels, block.work.tile, block.work.stride, cross_entropy);
+    };
+    if (params.activation == Activation::kNone) {
+      run(Bool<false>{}, Bool<true>{}, Bool<false>{});
+    } else if (!params.cross_entropy) {
+      run(Bool<true>{}, Bool<true>{}, Bool<false>{});
+    } else if (params.soft_labels) {
+      run(Bool<true>{}, Bool<true>{}, Bool<true>{});
+    } else {
+      run(Bool<true>{}, Bool<false>{}, Bool<true>{});
+    }
+  });
+}
+
+// I and T of a class, side by side so that both are added at once.
+typedef double Pair __attribute__((vector_size(16), may_alias));
+
+// Overlap statistics and squared errors of the tile.
+template <class T>
+void collect_block(SegmentationBlock<T>& block, ComputeType<T>* squared_error) {
+  using A = ComputeType<T>;
+  const SegmentationParams& params = block.params;
+  const Workspace<A>& work = block.work;
+  const bool soft = has_label_tile(params);
+  const auto run = [&](auto is_soft, auto product, auto squared, auto overlap) {
+    collect<A, is_soft(), product(), squared(), overlap()>(block.classes.count, work.tile, work.labels, work.stride,
+                                                           block.count, block.classes.weight, block.pixels, work.sums,
+                                                           squared_error);
+  };
+  const auto with_terms = [&](auto is_soft, auto product) {
+    if (params.squared_error && params.overlap) {
+      run(is_soft, product, Bool<true>{}, Bool<true>{});
+    } else if (params.squared_error) {
+      run(is_soft, product, Bool<true>{}, Bool<false>{});
+    } else if (params.overlap) {
+      run(is_soft, product, Bool<false>{}, Bool<true>{});
+    }
+  };
+  if (!soft) {
+    with_terms(Bool<false>{}, Bool<false>{});
+  } else if (params.intersection == Intersection::kProduct) {
+    with_terms(Bool<true>{}, Bool<true>{});
+  } else {
+    with_terms(Bool<true>{}, Bool<false>{});
+  }
+  if (soft || !params.overlap) return;
+  // Class indices touch one class of a pixel.
+  const int64_t classes = block.classes.count;
+  const SegmentationPixels<A>& pixels = block.pixels;
+  for (int i = 0; i < block.count; ++i) {
+    const int64_t c = pixels.label[i];
+    if (c < 0 || pixels.weight[i] == A(0)) continue;
+    const A m = pixels.weight[i];
+    const A p = work.tile[c * work.stride + i] * pixels.inverse_sum[i];
+    Pair* sums = reinterpret_cast<Pair*>(work.of_labels + (i % 4 * classes + c) * 2);
+    *sums += Pair{static_cast<double>(m * p), static_cast<double>(m)};
+  }
+}
+
+// Adds the accumulators of a chunk to its table (3, C) of I, P and T, and empties them.
+template <class A>
+void flush(const SegmentationParams& params, const Workspace<A>& work, double* table) {
+  const int64_t classes = params.classes;
+  const auto empty = [&](A* sums, double* into) {
+    for (int64_t c = 0; c < classes; ++c) {
+      if (into != nullptr) into[c] += sum_lanes<A>(load(sums + c * kLanes<A>));
+      store(sums + c * kLanes<A>, Vector<A>{});
+    }
+  };
+  const bool soft = has_label_tile(params);
+  empty(work.sums.predicted, table == nullptr ? nullptr : table + classes);
+  if (soft) {
+    empty(work.sums.intersection, table);
+    empty(work.sums.labelled, table == nullptr ? nullptr : table + 2 * classes);
+    return;
+  }
+  for (int64_t c = 0; c < classes; ++c) {
+    for (int part = 0; part < 4; ++part) {
+      double* sums = work.of_labels + (part * classes + c) * 2;
+      if (table != nullptr) {
+        table[c] += sums[0];
+        table[2 * classes + c] += sums[1];
+      }
+      sums[0] = sums[1] = 0.0;
+    }
+  }
+}
+
+template <class T>
+SegmentationPartial forward_chunk(const SegmentationParams& params, const Classes<ComputeType<T>>& classes,
+                                  const SegmentationChunk& chunk, const Workspace<ComputeType<T>>& work,
+                                  double* table) {
+  using A = ComputeType<T>;
+  using V = Vector<A>;
+  SegmentationPartial partial{0.0, 0.0, 0.0, 0.0, -1};
+  if (params.overlap) {
+    for (int64_t k = 0; k < 3 * params.classes; ++k) table[k] = 0.0;
+    flush<A>(params, work, nullptr);
+  }
+  const bool by_label = params.cross_entropy && params.activation == Activation::kSoftmax && !params.soft_labels;
+  const int64_t flushed_every = cross_entropy_chunk_pixels(params.classes);
+  int64_t since_flush = 0;
+  for (int64_t done = 0; done < chunk.count;) {
+    SegmentationBlock<T> block(params, classes, work, chunk, done);
+    const SegmentationPixels<A>& pixels = block.pixels;
+    if (partial.bad_label < 0) partial.bad_label = block.bad_label;
+    alignas(64) A cross_entropy[kBlock<A>], label_weight[kBlock<A>], squared_error[kBlock<A>];
+    fill(block, cross_entropy, label_weight);
+    collect_block(block, squared_error);
+
+    V sum_cross_entropy = {}, sum_label_weight = {}, sum_squared_error = {}, sum_weight = {};
+    for (int i = 0; i < block.padded; i += kLanes<A>) {
+      const V m = load(pixels.weight + i);
+      sum_weight += m;
+      if (params.cross_entropy) {
+        const V value = load(cross_entropy + i);
+        sum_cross_entropy += m == A(0) ? V{} : m * value;
+        if (by_label) sum_label_weight += m * load(label_weight + i);
+      }
+      if (params.squared_error) {
+        const V value = load(squared_error + i);
+        const V weighted = m == A(0) ? V{} : m * value;
+        sum_squared_error += weighted;
+        store(squared_error + i, weighted);
+      }
+    }
+    partial.cross_entropy += sum_lanes<A>(sum_cross_entropy);
+    partial.squared_error += sum_lanes<A>(sum_squared_error);
+    partial.pixel_weight += sum_lanes<A>(sum_weight);
+    partial.label_weight += sum_lanes<A>(sum_label_weight);
+    if (params.squared_error_of_pixels != nullptr) {
+      __builtin_memcpy(static_cast<A*>(params.squared_error_of_pixels) + block.flat, squared_error,
+                       sizeof(A) * block.count);
+    }
+    done += block.count;
+    since_flush += block.count;
+    if (params.overlap && (since_flush >= flushed_every || done == chunk.count)) {
+      flush<A>(params, work, table);
+      since_flush = 0;
+    }
+  }
+  return partial;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward
+
+template <class T>
+bool streams(const SegmentationParams& params) {
+  using A = ComputeType<T>;
+  const int64_t bytes = params.samples * params.classes * params.pixels * static_cast<int64_t>(sizeof(T));
+  const int64_t vector_bytes = static_cast<int64_t>(sizeof(T)) * kLanes<A>;
+  const bool rows_aligned = params.input_layout.pixel_stride != 1 ||
+                            params.gradient_layout.class_stride * static_cast<int64_t>(sizeof(T)) % vector_bytes == 0;
+  return kCanStream && bytes >= kStreamingBytes && rows_aligned;
+}
+
+// The tile as rows of the gradient. Where it is streamed, by way of the label tile, which is done with by now.
+template <class T>
+void write_rows(const SegmentationBlock<T>& block, T* gradient, bool stream) {
+  using A = ComputeType<T>;
+  const Workspace<A>& work = block.work;
+  const int64_t row_stride = block.params.gradient_layout.pixel_stride;
+  const int classes = block.classes.count;
+  const int stride = static_cast<int>(work.stride);
+  if (!stream || row_stride != classes || !streaming_aligned(gradient)) {
+    tile_to_rows(work.tile, stride, block.count, classes, gradient, row_stride);
+    return;
+  }
+  T* rows = reinterpret_cast<T*>(work.labels);
+  tile_to_rows(work.tile, stride, block.count, classes, rows, classes);
+  const int numbers = block.count * classes;
+  int i = 0;
+  for (; i + kLanes<A> <= numbers; i += kLanes<A>) store_streaming_copy(gradient + i, rows + i);
+  for (; i < numbers; ++i) gradient[i] = rows[i];
+}
+
+// Calls write(streams, gradient, stride from class to class) for where a block's gradient is computed to: memory, or
+// the tile, which then goes there.
+template <class T, class Write>
+void write_block(const SegmentationBlock<T>& block, bool stream, Write write) {
+  const LogitLayout& layout = block.params.gradient_layout;
+  T* gradient = static_cast<T*>(block.params.gradient) + offset_of(layout, block.sample, block.pixel);
+  if (block.transposed()) {
+    write(Bool<false>{}, block.work.tile, block.work.stride);
+    write_rows(block, gradient, stream);
+  } else if (stream && streaming_aligned(gradient)) {
+    write(Bool<kCanStream>{}, gradient, layout.class_stride);
+  } else {
+    write(Bool<false>{}, gradient, layout.class_stride);
+  }
+}
+
+template <class T>
+void backward_softmax(SegmentationBlock<T>& block, const ClassGradients<ComputeType<T>>& gradients, bool stream) {
+  using A = ComputeType<T>;
+  const SegmentationParams& params = block.params;
+  const Classes<A>& classes = block.classes;
+  const Workspace<A>& work = block.work;
+  SegmentationPixels<A>& pixels = block.pixels;
+  const A* maximum = static_cast<const A*>(params.maximum) + block.flat;
+  const A* sum = static_cast<const A*>(params.sum) + block.flat;
+  for (int i = 0; i < block.padded; ++i) {
+    const bool inside = i < block.count;
+    pixels.maximum[i] = inside ? maximum[i] : A(0);
+    pixels.inverse_sum[i] = pixels.weight[i] == A(0) ? A(0) : A(1) / sum[i];
+  }
+  const bool full = params.squared_error || (params.cross_entropy && params.label_smoothing != 0.0);
+  const bool product = params.intersection == Intersection::kProduct;
+  const auto with_kind = [&](auto visit) {
+    if (params.soft_labels) {
+      product ? visit(Bool<true>{}, Bool<true>{}, Bool<false>{}) : visit(Bool<true>{}, Bool<false>{}, Bool<false>{});
+    } else {
+      full ? visit(Bool<false>{}, Bool<false>{}, Bool<true>{}) : visit(Bool<false>{}, Bool<false>{}, Bool<false>{});
+    }
+  };
+
+  alignas(64) A dot[kBlock<A>], square[kBlock<A>];
+  with_kind([&](auto soft, auto is_product, auto is_full) {
+    block.with_logits([&](const auto* z, int64_t z_stride) {
+      probabilities<soft(), is_product(), is_full()>(classes, z, z_stride, work.labels, block.count, pixels, gradients,
+                                                     work.tile, work.stride, dot, square);
+    });
+  });
+
+  const A g = static_cast<A>(params.cross_entropy ? params.cross_entropy_scale : 0.0);
+  const A weight_sum = static_cast<A>(params.weight_sum);
+  const bool smoothed = params.label_smoothing != 0.0;
+  for (int i = 0; i < block.padded; ++i) {
+    if (params.soft_labels) {
+      pixels.common[i] = g * square[i] - dot[i];
+      pixels.smoothed[i] = g;
+      continue;
+    }
+    const auto label = pixels.weight[i] == A(0) ? math::Bits<A>(-1) : pixels.label[i];
+    const A m = pixels.weight[i];
+    const A scale = pixels.squared_error_scale[i];
+    const A w = label < 0 ? A(0) : classes.weight_of(label);
+    const A a = smoothed ? math::index_label_a<A>(classes.smoothing, w, weight_sum) : w;
+    const A p = label < 0 ? A(0) : work.tile[label * work.stride + i];
+    const A of_label = label < 0 ? A(0) : p * (gradients.d_intersection[label] - scale * w);
+    pixels.common[i] = m * (g * a - (dot[i] + scale * square[i] + of_label));
+    pixels.labelled[i] = m * (of_label - g * classes.smoothing.label * w);
+    pixels.smoothed[i] = m * g * classes.smoothing.every;
+  }
+  write_block(block, stream, [&](auto streamed, auto* gradient, int64_t gradient_stride) {
+    with_kind([&](auto soft, auto is_product, auto is_full) {
+      softmax_gradient<soft(), is_product(), is_full(), streamed()>(
+          classes, work.tile, work.labels, work.stride, block.count, pixels, gradients, gradient, gradient_stride);
+    });
+  });
+}
+
+template <class T>
+void backward_each(SegmentationBlock<T>& block, const ClassGradients<ComputeType<T>>& gradients, bool stream) {
+  using A = ComputeType<T>;
+  const SegmentationParams& params = block.params;
+  const Workspace<A>& work = block.work;
+  const A g =
+      static_cast<A>(params.cross_entropy ? params.cross_entropy_scale / static_cast<double>(params.classes) : 0.0);
+  for (int i = 0; i < block.padded; ++i) block.pixels.smoothed[i] = g;
+  const bool product = params.intersection == Intersection::kProduct;
+  block.with_logits([&](const auto* z, int64_t z_stride) {
+    write_block(block, stream, [&](auto streamed, auto* gradient, int64_t gradient_stride) {
+      const auto run = [&](auto sigmoid, auto soft, auto is_product) {
+        gradient_of_each<sigmoid(), soft(), is_product(), streamed()>(
+            block.classes, z, z_stride, static_cast<const A*>(params.pos_weight), work.labels, work.stride, block.count,
+            block.pixels, gradients, gradient, gradient_stride);
+      };
+      if (params.activation == Activation::kNone) {
+        product ? run(Bool<false>{}, Bool<true>{}, Bool<true>{}) : run(Bool<false>{}, Bool<true>{}, Bool<false>{});
+      } else if (!params.soft_labels) {
+        run(Bool<true>{}, Bool<false>{}, Bool<true>{});
+      } else {
+        product ? run(Bool<true>{}, Bool<true>{}, Bool<true>{}) : run(Bool<true>{}, Bool<true>{}, Bool<false>{});
+      }
+    });
+  });
+}
+
+template <class A>
+ClassGradients<A> gradients_of(const SegmentationParams& params, const SegmentationChunk& chunk) {
+  const auto row = [&](const void* table) { return static_cast<const A*>(table) + chunk.group * params.classes; };
+  return {row(params.d_intersection), row(params.d_predicted), row(params.d_labelled)};
+}
+
+// Incoming gradient of the squared error of `count` pixels, 0 past them.
+template <class A>
+void read_squared_error_scale(const SegmentationParams& params, int64_t flat, int count, int padded, A* out) {
+  const A scale = static_cast<A>(params.squared_error ? params.squared_error_scale : 0.0);
+  const A* each = static_cast<const A*>(params.gradient_of_squared_error);
+  for (int i = 0; i < padded; ++i) out[i] = i >= count ? A(0) : each == nullptr ? scale : scale * each[flat + i];
+}
+
+template <class T>
+void backward_chunk(const SegmentationParams& params, const Classes<ComputeType<T>>& classes,
+                    const SegmentationChunk& chunk, const Workspace<ComputeType<T>>& work, bool stream) {
+  using A = ComputeType<T>;
+  const ClassGradients<A> gradients = gradients_of<A>(params, chunk);
+  for (int64_t done = 0; done < chunk.count;) {
+    SegmentationBlock<T> block(params, classes, work, chunk, done);
+    A* scale = block.pixels.squared_error_scale;
+    read_squared_error_scale<A>(params, block.flat, block.count, block.padded, scale);
+    for (int i = 0; i < block.padded; ++i) scale[i] *= A(2);
+    if (params.activation == Activation::kSoftmax) {
+      backward_softmax(block, gradients, stream);
+    } else {
+      backward_each(block, gradients, stream);
+    }
+    done += block.count;
+  }
+  if (stream) streaming_fence();
+}
+
+// Gradient of the soft labels. Plain loops: it is asked for rarely, and by label models that cost far more.
+template <class T>
+void label_backward_chunk(const SegmentationParams& params, const Classes<ComputeType<T>>& classes,
+                          const SegmentationChunk& chunk, const Workspace<ComputeType<T>>& work) {
+  using A = ComputeType<T>;
+  const ClassGradients<A> gradients = gradients_of<A>(params, chunk);
+  const A g = static_cast<A>(params.cross_entropy ? params.cross_entropy_scale : 0.0);
+  const bool product = params.intersection == Intersection::kProduct;
+  for (int64_t done = 0; done < chunk.count;) {
+    SegmentationBlock<T> block(params, classes, work, chunk, done);
+    alignas(64) A squared_error_scale[kBlock<A>];
+    read_squared_error_scale<A>(params, block.flat, block.count, block.count, squared_error_scale);
+    const A* maximum = static_cast<const A*>(params.maximum) + block.flat;
+    const A* sum = static_cast<const A*>(params.sum) + block.flat;
+    const auto one = [&](int i, int64_t c) {
+      const A m = block.pixels.weight[i];
+      if (m == A(0)) return A(0);
+      const A z = block.logit(i, c);
+      const A y = work.labels[c * work.stride + i];
+      const A w = classes.weight_of(c);
+      A p = z, of_cross_entropy = 0;
+      if (params.activation == Activation::kSoftmax) {
+        p = math::exp_shifted<A>(z, maximum[i]) / sum[i];
+        if (g != A(0)) {
+          of_cross_entropy = math::cross_entropy_label_gradient<A>(g, classes.smoothing.label * w, z, maximum[i],
+                                                                   math::log<A>(sum[i]));
+        }
+      } else if (params.activation == Activation::kSigmoid) {
+        const math::Sigmoid<A> s = math::sigmoid<true, A>(z);
+        const A pos_weight = params.pos_weight == nullptr ? A(1) : static_cast<const A*>(params.pos_weight)[c];
+        p = s.probability;
+        if (g != A(0)) {
+          of_cross_entropy = g / static_cast<A>(classes.count) * w * classes.smoothing.label *
+                             math::binary_cross_entropy_label_gradient<A>(s, z, pos_weight);
+        }
+      }
+      const A share = product ? p : math::minimum_derivative<A>(y, p);
+      return m * (gradients.d_intersection[c] * share + gradients.d_labelled[c] +
+                  math::squared_error_gradient<A>(A(2) * squared_error_scale[i] * w, y, p) + of_cross_entropy);
+    };
+    with_floating_type(params.target_dtype, [&](auto* type) {
+      using Y = Pointee<decltype(type)>;
+      const LogitLayout& layout = params.gradient_layout;
+      Y* gradient = static_cast<Y*>(params.gradient) + offset_of(layout, block.sample, block.pixel);
+      for (int64_t c = 0; c < params.classes; ++c) {
+        for (int i = 0; i < block.count; ++i) {
+          store_one(gradient + i * layout.pixel_stride + c * layout.class_stride,
+                    static_cast<ComputeType<Y>>(one(i, c)));
+        }
+      }
+    });
+    done += block.count;
+  }
+}
+
+// Calls f(T*, classes, workspace) with the element type of the logits.
+template <class F>
+void with_input_type(const SegmentationParams& params, void* scratch, F f) {
+  with_floating_type(params.input_dtype, [&](auto* t) {
+    using A = ComputeType<Pointee<decltype(t)>>;
+    f(t, classes_of<A>(params), Workspace<A>(scratch, params.classes));
+  });
+}
+
+}  // namespace
+
+int64_t segmentation_scratch_bytes(const SegmentationParams& params) {
+  return params.input_dtype == DType::kFloat64 ? Workspace<double>::bytes(params.classes)
+                                               : Workspace<float>::bytes(params.classes);
+}
+
+void segmentation_forward(const SegmentationParams& params, int64_t begin, int64_t end, void* scratch,
+                          SegmentationPartial* partials, double* tables) {
+  with_input_type(params, scratch, [&](auto* t, const auto& classes, const auto& work) {
+    for (int64_t i = begin; i < end; ++i) {
+      partials[i] = forward_chunk<Pointee<decltype(t)>>(params, classes, SegmentationChunk(params, i), work,
+                                                        tables + i * 3 * params.classes);
+    }
+  });
+}
+
+void segmentation_backward(const SegmentationParams& params, int64_t begin, int64_t end, void* scratch) {
+  with_input_type(params, scratch, [&](auto* t, const auto& classes, const auto& work) {
+    using T = Pointee<decltype(t)>;
+    const bool stream = streams<T>(params);
+    for (int64_t i = begin; i < end; ++i) {
+      backward_chunk<T>(params, classes, SegmentationChunk(params, i), work, stream);
+    }
+  });
+}
+
+void segmentation_label_backward(const SegmentationParams& params, int64_t begin, int64_t end, void* scratch) {
+  with_input_type(params, scratch, [&](auto* t, const auto& classes, const auto& work) {
+    for (int64_t i = begin; i < end; ++i) {
+      label_backward_chunk<Pointee<decltype(t)>>(params, classes, SegmentationChunk(params, i), work);
+    }
+  });
+}
+
+}  // namespace fusedloss::cpu::FUSEDLOSS_LEVEL

@@ -1,0 +1,342 @@
+// The visits to a class-major tile of probabilities: class c of pixel i is at tile[c * stride + i].
+//
+// Logits come in from memory of any dtype and layout, gradients go out there; all between is the compute type A in a
+// tile of our own, whose rows end in whole vectors: columns past the last pixel hold finite numbers and have weight 0.
+#pragma once
+
+#include "kernels/cpu/cross_entropy_tile.h"
+#include "kernels/segmentation.h"
+#include "math/activation.h"
+#include "math/overlap.h"
+#include "math/squared_error.h"
+
+namespace fusedloss::cpu::FUSEDLOSS_LEVEL {
+namespace {
+
+// What is said of each pixel of a block; every array ends in a whole vector.
+template <class A>
+struct alignas(64) SegmentationPixels {
+  math::Bits<A> label[kBlock<A>];  // class, or -1 for none; class indices only
+  A weight[kBlock<A>];             // m; 0 where ignored
+  A inverse_sum[kBlock<A>];        // softmax: 1 / S; 0 where m is
+  A maximum[kBlock<A>];            // softmax
+  // Backward.
+  A squared_error_scale[kBlock<A>];  // 2 times the incoming gradient of SE
+  A common[kBlock<A>];               // K: what multiplies each p_c, beside m dL/dP_c
+  A labelled[kBlock<A>];             // L: what the labelled class has more
+  A smoothed[kBlock<A>];             // E: what each class has less, times w_c
+};
+
+// The classes of a group.
+template <class A>
+struct ClassGradients {
+  const A* d_intersection;  // (C,)
+  const A* d_predicted;     // (C,)
+  const A* d_labelled;      // (C,)
+};
+
+template <class A>
+FUSEDLOSS_HOST_DEVICE math::Bits<Vector<A>> load_labels(const math::Bits<A>* p) {
+  return *reinterpret_cast<const typename VectorOf<math::Bits<A>>::Memory*>(p);
+}
+
+// The label of class c: one-hot, or from the tile of soft labels.
+template <class A, bool kSoft>
+FUSEDLOSS_HOST_DEVICE Vector<A> label_of(math::Bits<Vector<A>> label, const A* y, int64_t c) {
+  if constexpr (kSoft) return load(y);
+  return label == math::Bits<A>(c) ? splat<Vector<A>>(A(1)) : Vector<A>{};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward
+
+// Accumulators of a chunk: one vector for each class and quantity.
+template <class A>
+struct OverlapSums {
+  A* intersection;  // (C, lanes); soft labels only
+  A* predicted;     // (C, lanes)
+  A* labelled;      // (C, lanes); soft labels only
+};
+
+// Adds the overlap statistics of a tile of probabilities, which are the tile's numbers times inverse_sum, and the
+// squared errors of its pixels (squared_error, count; not yet times m).
+template <class A, bool kSoft, bool kProduct, bool kSquared, bool kOverlap>
+void collect(int64_t classes, const A* tile, const A* y, int64_t stride, int count, const A* weight,
+             const SegmentationPixels<A>& pixels, const OverlapSums<A>& sums, A* squared_error) {
+  using V = Vector<A>;
+  constexpr int lanes = kLanes<A>;
+  constexpr int kVectors = kSoft || kSquared ? 4 : 8;
+  const int end = (count + lanes - 1) / lanes * lanes;
+  for_vectors<A, kVectors>(end, [&](auto vectors, auto, int i, int) {
+    constexpr int n = vectors();
+    V scale[n], m[n], square[n];
+    math::Bits<V> label[n];
+#pragma GCC unroll 8
+    for (int v = 0; v < n; ++v) {
+      scale[v] = load(pixels.inverse_sum + i + v * lanes);
+      m[v] = load(pixels.weight + i + v * lanes);
+      label[v] = load_labels<A>(pixels.label + i + v * lanes);
+      square[v] = V{};
+      if constexpr (!kSoft && !kSquared) scale[v] *= m[v];
+    }
+    for (int64_t c = 0; c < classes; ++c) {
+      const A* row = tile + c * stride + i;
+      [[maybe_unused]] const A* y_row = y + c * stride + i;
+      [[maybe_unused]] const A w = weight == nullptr ? A(1) : weight[c];
+      V both = {}, predicted = {}, labelled = {};
+#pragma GCC unroll 8
+      for (int v = 0; v < n; ++v) {
+        const V p = load(row + v * lanes) * scale[v];
+        if constexpr (!kSoft && !kSquared) {
+          predicted += p;
+        } else {
+          const V y_c = label_of<A, kSoft>(label[v], y_row + v * lanes, c);
+          if constexpr (kOverlap) {
+            predicted += m[v] * p;
+            if constexpr (kSoft) {
+              both += m[v] * (kProduct ? p * y_c : math::minimum<V>(p, y_c));
+              labelled += m[v] * y_c;
+            }
+          }
+          if constexpr (kSquared) square[v] += w * math::squared_error<V>(p, y_c);
+        }
+      }
+      if constexpr (kOverlap) {
+        store(sums.predicted + c * lanes, load(sums.predicted + c * lanes) + predicted);
+        if constexpr (kSoft) {
+          store(sums.intersection + c * lanes, load(sums.intersection + c * lanes) + both);
+          store(sums.labelled + c * lanes, load(sums.labelled + c * lanes) + labelled);
+        }
+      }
+    }
+    if constexpr (kSquared) {
+#pragma GCC unroll 4
+      for (int v = 0; v < n; ++v) store(squared_error + i + v * lanes, square[v]);
+    }
+  });
+}
+
+// Fills the tile with sigmoid(z), or with z itself; 0 where m is, whatever the logit is. With kCrossEntropy also the
+// binary cross-entropy of each pixel, over the classes (not yet times m).
+// z: class-major with z_stride; the tile itself, where it has been filled with logits.
+template <bool kSigmoid, bool kSoft, bool kCrossEntropy, class T>
+void fill_each(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride, const ComputeType<T>* pos_weight,
+               const ComputeType<T>* y, int count, const SegmentationPixels<ComputeType<T>>& pixels,
+               ComputeType<T>* tile, int64_t stride, ComputeType<T>* cross_entropy) {
+  using A = ComputeType<T>;
+  using V = Vector<A>;
+  constexpr int lanes = kLanes<A>;
+  const A share = A(1) / static_cast<A>(classes.count);
+  for_vectors<A, 2>(count, [&](auto vectors, auto partial, int i, int left) {
+    constexpr int n = vectors();
+    V m[n], sum[n];
+    math::Bits<V> label[n];
+    for (int v = 0; v < n; ++v) {
+      m[v] = load(pixels.weight + i + v * lanes);
+      label[v] = load_labels<A>(pixels.label + i + v * lanes);
+      sum[v] = V{};
+    }
+    for (int c = 0; c < classes.count; ++c) {
+      const T* row = z + c * z_stride + i;
+      [[maybe_unused]] const A w = classes.weight_of(c) * share;
+      [[maybe_unused]] const A w_positive = pos_weight == nullptr ? A(1) : pos_weight[c];
+#pragma GCC unroll 2
+      for (int v = 0; v < n; ++v) {
+        V logit = partial() ? load_partial<T>(row, left, 0) : load<T>(row + v * lanes);
+        logit = m[v] == A(0) ? V{} : logit;
+        V p = logit;
+        if constexpr (kSigmoid) {
+          const math::Sigmoid<V> s = math::sigmoid<kCrossEntropy, V>(logit);
+          p = m[v] == A(0) ? V{} : s.probability;
+          if constexpr (kCrossEntropy) {
+            V label_c = label_of<A, kSoft>(label[v], y + c * stride + i + v * lanes, c);
+            label_c = classes.smoothing.label * label_c + classes.smoothing.every;
+            sum[v] += w * math::binary_cross_entropy<V>(s, logit, label_c, w_positive);
+          }
+        }
+        store(tile + c * stride + i + v * lanes, p);
+      }
+    }
+    if constexpr (kCrossEntropy) {
+      for (int v = 0; v < n; ++v) store(cross_entropy + i + v * lanes, sum[v]);
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward
+
+// dL/dp_c of a pixel but for its weight, from soft labels y_c.
+template <class A, bool kProduct>
+FUSEDLOSS_HOST_DEVICE Vector<A> probability_gradient(Vector<A> p, Vector<A> y, Vector<A> squared_error_scale, A weight,
+                                                     A d_intersection, A d_predicted) {
+  using V = Vector<A>;
+  const V share = kProduct ? y : math::minimum_derivative<V>(p, y);
+  return d_predicted + d_intersection * share + math::squared_error_gradient<V>(squared_error_scale * weight, p, y);
+}
+
+// Softmax, first visit: fills the tile with probabilities and sums over the classes what their gradient needs.
+//   class indices  dot = sum_c dL/dP_c p_c,  square = sum_c w_c p_c^2 (with kFull)
+//   soft labels    dot = sum_c g_c p_c with g_c = dL/dp_c,  square = sum_c w_c y~_c
+template <bool kSoft, bool kProduct, bool kFull, class T>
+void probabilities(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride, const ComputeType<T>* y,
+                   int count, const SegmentationPixels<ComputeType<T>>& pixels,
+                   const ClassGradients<ComputeType<T>>& gradients, ComputeType<T>* tile, int64_t stride,
+                   ComputeType<T>* dot_out, ComputeType<T>* square_out) {
+  using A = ComputeType<T>;
+  using V = Vector<A>;
+  constexpr int lanes = kLanes<A>;
+  for_vectors<A, 4>(count, [&](auto vectors, auto partial, int i, int left) {
+    constexpr int n = vectors();
+    V maximum[n], inverse_sum[n], scale[n], dot[n], square[n];
+#pragma GCC unroll 4
+    for (int v = 0; v < n; ++v) {
+      maximum[v] = load(pixels.maximum + i + v * lanes);
+      inverse_sum[v] = load(pixels.inverse_sum + i + v * lanes);
+      if constexpr (kSoft) scale[v] = load(pixels.squared_error_scale + i + v * lanes);
+      dot[v] = square[v] = V{};
+    }
+    for (int c = 0; c < classes.count; ++c) {
+      const T* row = z + c * z_stride + i;
+      const A d_predicted = gradients.d_predicted[c];
+      [[maybe_unused]] const A d_intersection = gradients.d_intersection[c];
+      [[maybe_unused]] const A w = kSoft || kFull ? classes.weight_of(c) : A(1);
+#pragma GCC unroll 4
+      for (int v = 0; v < n; ++v) {
+        const V logit = partial() ? load_partial<T>(row, left, 0) : load<T>(row + v * lanes);
+        const V p = math::exp_shifted<V>(logit, maximum[v]) * inverse_sum[v];
+        store(tile + c * stride + i + v * lanes, p);
+        if constexpr (kSoft) {
+          const V label = load(y + c * stride + i + v * lanes);
+          dot[v] += p * probability_gradient<A, kProduct>(p, label, scale[v], w, d_intersection, d_predicted);
+          square[v] += math::soft_label_weight<V>(classes.smoothing, w, label);
+        } else {
+          dot[v] += d_predicted * p;
+          if constexpr (kFull) square[v] += w * p * p;
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < n; ++v) {
+      store(dot_out + i + v * lanes, dot[v]);
+      store(square_out + i + v * lanes, square[v]);
+    }
+  });
+}
+
+// Writes a vector of the gradient where it belongs.
+template <bool kStream, class T>
+FUSEDLOSS_HOST_DEVICE void write_gradient(T* to, Vector<ComputeType<T>> value, bool partial, int left) {
+  if (partial) {
+    store_partial<T>(to, value, left);
+  } else if constexpr (kStream) {
+    store_streaming<T>(to, value);
+  } else {
+    store<T>(to, value);
+  }
+}
+
+// Softmax, second visit: the gradient from the tile of probabilities.
+//   class indices  dz_c = p_c (m (dL/dP_c + s w_c p_c) + K) + [c = y] L - w_c E     (s and E with kFull)
+//   soft labels    dz_c = m (p_c (g_c + K) - E w_c y~_c)
+template <bool kSoft, bool kProduct, bool kFull, bool kStream, class T>
+void softmax_gradient(const Classes<ComputeType<T>>& classes, const ComputeType<T>* tile, const ComputeType<T>* y,
+                      int64_t stride, int count, const SegmentationPixels<ComputeType<T>>& pixels,
+                      const ClassGradients<ComputeType<T>>& gradients, T* gradient, int64_t gradient_stride) {
+  using A = ComputeType<T>;
+  using V = Vector<A>;
+  constexpr int lanes = kLanes<A>;
+  for_vectors<A, 4>(count, [&](auto vectors, auto partial, int i, int left) {
+    constexpr int n = vectors();
+    V m[n], common[n], labelled[n], scale[n], smoothed[n];
+    math::Bits<V> label[n];
+#pragma GCC unroll 4
+    for (int v = 0; v < n; ++v) {
+      const int at = i + v * lanes;
+      m[v] = load(pixels.weight + at);
+      common[v] = load(pixels.common + at);
+      if constexpr (kSoft || kFull) {
+        scale[v] = load(pixels.squared_error_scale + at);
+        smoothed[v] = load(pixels.smoothed + at);
+      }
+      if constexpr (!kSoft) {
+        labelled[v] = load(pixels.labelled + at);
+        label[v] = load_labels<A>(pixels.label + at);
+      }
+    }
+    for (int c = 0; c < classes.count; ++c) {
+      T* gradient_row = gradient + c * gradient_stride + i;
+      const A d_predicted = gradients.d_predicted[c];
+      [[maybe_unused]] const A d_intersection = gradients.d_intersection[c];
+      [[maybe_unused]] const A w = kSoft || kFull ? classes.weight_of(c) : A(1);
+#pragma GCC unroll 4
+      for (int v = 0; v < n; ++v) {
+        const V p = load(tile + c * stride + i + v * lanes);
+        V value;
+        if constexpr (kSoft) {
+          const V label_c = load(y + c * stride + i + v * lanes);
+          const V g = probability_gradient<A, kProduct>(p, label_c, scale[v], w, d_intersection, d_predicted);
+          value =
+              m[v] * (p * (g + common[v]) - smoothed[v] * math::soft_label_weight<V>(classes.smoothing, w, label_c));
+        } else {
+          V each = d_predicted * m[v] + common[v];
+          if constexpr (kFull) each += scale[v] * m[v] * w * p;
+          const V more = label[v] == math::Bits<A>(c) ? labelled[v] : V{};
+          value = p * each + more;
+          if constexpr (kFull) value -= w * smoothed[v];
+        }
+        value = m[v] == A(0) ? V{} : value;
+        write_gradient<kStream, T>(gradient_row + v * lanes, value, partial(), left);
+      }
+    }
+  });
+}
+
+// Sigmoid, or no activation: the gradient from the logits, each class by itself. `smoothed` holds the incoming gradient
+// of the cross-entropy, over C.
+// z may be `gradient` itself.
+template <bool kSigmoid, bool kSoft, bool kProduct, bool kStream, class Z, class T>
+void gradient_of_each(const Classes<ComputeType<T>>& classes, const Z* z, int64_t z_stride,
+                      const ComputeType<T>* pos_weight, const ComputeType<T>* y, int64_t stride, int count,
+                      const SegmentationPixels<ComputeType<T>>& pixels, const ClassGradients<ComputeType<T>>& gradients,
+                      T* gradient, int64_t gradient_stride) {
+  using A = ComputeType<T>;
+  using V = Vector<A>;
+  constexpr int lanes = kLanes<A>;
+  for_vectors<A, 2>(count, [&](auto vectors, auto partial, int i, int left) {
+    constexpr int n = vectors();
+    for (int c = 0; c < classes.count; ++c) {
+      const Z* row = z + c * z_stride + i;
+      const A w = classes.weight_of(c);
+      const A w_positive = pos_weight == nullptr ? A(1) : pos_weight[c];
+#pragma GCC unroll 2
+      for (int v = 0; v < n; ++v) {
+        const int at = i + v * lanes;
+        const V m = load(pixels.weight + at);
+        const V logit = partial() ? load_partial<Z>(row, left, 0) : load<Z>(row + v * lanes);
+        const V label = label_of<A, kSoft>(load_labels<A>(pixels.label + at), y + c * stride + at, c);
+        const V scale = load(pixels.squared_error_scale + at);
+        V value;
+        if constexpr (kSigmoid) {
+          const math::Sigmoid<V> s = math::sigmoid<false, V>(logit);
+          // Of a hard label the minimum and the product are the same.
+          const V g = probability_gradient < A,
+                  kProduct ||
+                      !kSoft > (s.probability, label, scale, w, gradients.d_intersection[c], gradients.d_predicted[c]);
+          const V smoothed = classes.smoothing.label * label + classes.smoothing.every;
+          value =
+              s.probability * s.complement * g +
+              load(pixels.smoothed + at) * w * math::binary_cross_entropy_logit_gradient<V>(s, smoothed, w_positive);
+        } else {
+          value = probability_gradient<A, kProduct>(logit, label, scale, w, gradients.d_intersection[c],
+                                                    gradients.d_predicted[c]);
+        }
+        value = m == A(0) ? V{} : m * value;
+        write_gradient<kStream, T>(gradient + c * gradient_stride + at, value, partial(), left);
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fusedloss::cpu::FUSEDLOSS_LEVEL
