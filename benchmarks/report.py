@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.providers import COMPILE, EAGER, OURS
+from benchmarks.providers import COMPILE, EAGER, MONAI, OURS, SMP
 from benchmarks.results import FLOOR, Row
 
 Rows = Mapping[tuple[str, str, str], Row]  # by workload, provider and pass
@@ -34,6 +34,10 @@ TARGETS = {
     "cross_entropy/voc-channels_last": Target({EAGER: 9.0, COMPILE: 4.5}, bytes_per_pixel=8),
     "cross_entropy/ade20k": Target({EAGER: 5.0, COMPILE: 2.5}, bytes_per_pixel=8),
     "cross_entropy/vocabulary": Target({EAGER: 5.0, COMPILE: 2.5}, bytes_per_pixel=8),
+    "soft_iou/voc": Target({EAGER: 12.0, COMPILE: 4.0, SMP: 15.0}, times_floor=3.0, bytes_per_pixel=8),
+    "soft_iou/binary": Target({EAGER: 5.0, COMPILE: 1.5}),
+    "ce+iou/nnunet": Target({EAGER: 14.0, COMPILE: 7.0, MONAI: 12.0}, times_floor=3.0, bytes_per_pixel=8),
+    "ce+iou+brier/voc": Target({EAGER: 14.0, COMPILE: 5.0}, times_floor=3.0, bytes_per_pixel=8),
     "mse_loss/50m": Target({EAGER: 4.0, COMPILE: 2.0}),
     "cross_entropy/tiny": Target({}, times_eager=1.3),
     "mse_loss/tiny": Target({}, times_eager=1.3),

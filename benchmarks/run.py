@@ -22,7 +22,8 @@ def run(
 ) -> list[Row]:
     """`advance` is called once when everything is ready to be timed, and after every round."""
     case = make_case(workload)
-    losses = {name: builders[workload.loss](case) for name, builders in providers.items() if workload.loss in builders}
+    built = {name: builders[workload.loss](case) for name, builders in providers.items() if workload.loss in builders}
+    losses = {name: loss for name, loss in built.items() if loss is not None}
     wanted = truth.find_truth(case)
     errors = {name: truth.check(loss, case, wanted) for name, loss in losses.items()}
     del wanted  # of the input's size, in float64

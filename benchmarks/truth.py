@@ -1,4 +1,4 @@
-"""Is the answer right: value and gradient of a provider against torch.nn.functional in float64."""
+"""Is the answer right: value and gradient of a provider against PyTorch's own operations in float64."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks import formulas
 from benchmarks.providers import LossOfInput, torch_loss
 from benchmarks.workloads import Case
 
@@ -46,10 +47,10 @@ def chunks(input: Tensor) -> Iterator[slice]:
 
 
 def find_truth(case: Case) -> Truth:
-    """Both losses are sums over samples divided by a count, so the truth can be found a few samples at a time."""
+    """Every loss is a function of sums over samples, so the truth can be found a few samples at a time."""
+    if case.workload.loss != "mse_loss":
+        return find_truth_of_sums(case)
     count = case.input.numel()
-    if case.workload.loss == "cross_entropy":
-        count = int((case.target != case.options.get("ignore_index", -100)).sum())
     summed = torch_loss(Case(case.workload, case.input, case.target, {**case.options, "reduction": "sum"}))
     value = 0.0
     gradient = torch.empty(case.input.shape, dtype=torch.float64)
@@ -62,6 +63,29 @@ def find_truth(case: Case) -> Truth:
         value += loss.item()
         gradient[part] = input.grad
     return Truth(value, gradient)
+
+
+def find_truth_of_sums(case: Case) -> Truth:
+    """First the sums of the whole batch and the loss's derivative with regard to them, then that of the logits."""
+    loss = case.workload.loss
+
+    def sums_of(part: slice, input: Tensor) -> formulas.Sums:
+        target = case.target[part]
+        labels = target.double() if target.is_floating_point() else target.long()
+        return formulas.sums(loss, input, labels, **case.options)
+
+    with torch.no_grad():
+        parts = [sums_of(part, case.input.detach()[part].double()) for part in chunks(case.input)]
+    total = formulas.Sums(*(sum(numbers[1:], numbers[0]) for numbers in zip(*parts, strict=True)))
+    leaves = formulas.Sums(*(number.double().requires_grad_() for number in total))
+    value = formulas.value(loss, leaves)
+    factors = torch.autograd.grad(value, leaves, allow_unused=True)
+    gradient = torch.empty(case.input.shape, dtype=torch.float64)
+    for part in chunks(case.input):
+        input = case.input.detach()[part].double().requires_grad_()
+        terms = [(f * s).sum() for f, s in zip(factors, sums_of(part, input), strict=True) if f is not None]
+        (gradient[part],) = torch.autograd.grad(sum(terms[1:], terms[0]), input)
+    return Truth(value.item(), gradient)
 
 
 def check(loss: LossOfInput, case: Case, truth: Truth) -> Errors:

@@ -38,6 +38,11 @@ DATA = {
         Data("nnunet", (2, 14, 128, 128, 128), "nnU-Net patches: 3-d, 13 organs and background"),
         Data("imagenet", (1024, 1000), "ImageNet rows: few long rows, near the size of the last cache"),
         Data("vocabulary", (2048, 32000), "language-model rows: a row no longer fits into the L1 cache"),
+        Data(
+            "binary",
+            (16, 1, 512, 512),
+            "a mask for each image, soft labels: one class, so labels are half of the bytes",
+        ),
         Data("50m", (50_000_000,), "regression on large maps (depth, heat maps): memory speed and nothing else"),
         Data("tiny", (64, 10), "a small classifier: what a call costs before any work is done"),
     )
@@ -96,6 +101,17 @@ WORKLOADS = {
         Workload("cross_entropy", DATA["nnunet"], default=False),
         Workload("cross_entropy", DATA["imagenet"], default=False),
         Workload("cross_entropy", DATA["tiny"], quick=True),
+        Workload("soft_iou", DATA["voc"]),
+        Workload("soft_iou", DATA["voc"], dtype=torch.bfloat16),
+        Workload("soft_iou", DATA["binary"]),
+        Workload("soft_iou", DATA["binary"], dtype=torch.bfloat16),
+        Workload("ce+iou", DATA["nnunet"]),
+        Workload("ce+iou", DATA["nnunet"], dtype=torch.bfloat16),
+        Workload("ce+iou", DATA["camvid"], default=False, quick=True),
+        Workload("ce+iou", DATA["ade20k"], default=False),
+        Workload("ce+iou+brier", DATA["voc"]),
+        Workload("ce+iou+brier", DATA["voc"], dtype=torch.bfloat16),
+        Workload("ce+iou+brier", DATA["voc"], memory_format=torch.channels_last),
         Workload("mse_loss", DATA["50m"]),
         Workload("mse_loss", DATA["tiny"], quick=True),
     )
@@ -104,7 +120,7 @@ WORKLOADS = {
 
 @dataclass
 class Case:
-    """A workload's tensors; `options` are keyword arguments that torch.nn.functional's loss of that name takes too."""
+    """A workload's tensors; `options` are keyword arguments that every provider's loss of that name takes."""
 
     workload: Workload
     input: Tensor
@@ -125,6 +141,9 @@ def make_case(workload: Workload) -> Case:
     input = input.to(memory_format=workload.memory_format).requires_grad_()
     if workload.loss == "mse_loss":
         return Case(workload, input, torch.randn(data.shape, dtype=workload.dtype, generator=generator))
+    if data.name == "binary":
+        smooth = torch.rand(data.shape, dtype=torch.float32, generator=generator)
+        return Case(workload, input, smooth.to(workload.dtype))
     target = make_labels(data, workload.label_dtype, generator)
     return Case(workload, input, target, {"ignore_index": IGNORED_LABEL} if data.ignored else {})
 

@@ -36,9 +36,11 @@ PALETTE = [
     "#e88fc0",
 ]
 VOID_COLOR: Color = (0.0, 0.0, 0.0)
-LOSS_STYLE = {
-    "torch": {"color": "#e08a2e", "linewidth": 4.0, "alpha": 0.55},
-    "fused": {"color": "#2f4fc4", "linewidth": 1.6},
+LOSS_STYLE = {"torch": {"linewidth": 4.0, "alpha": 0.55}, "fused": {"linewidth": 1.6}}
+# As many as there are combinations of terms to compare.
+LOSS_COLORS = {
+    "torch": ["#e08a2e", "#8fc46c", "#e88fc0", "#b5b5bd", "#c9b23c", "#7db3e8", "#b48ad0"],
+    "fused": ["#2f4fc4", "#2f7d3b", "#c42f6b", "#3c3c42", "#8a6d10", "#1b7fa8", "#6b2fa0"],
 }
 
 
@@ -50,13 +52,28 @@ class Epoch:
     pixel_accuracy: float
     mean_iou: float
     seconds: float
+    # Where the loss has several terms, each of them; like the losses, means over the batches.
+    train_terms: dict[str, float] = field(default_factory=dict)
+    terms: dict[str, float] = field(default_factory=dict)
+
+    def row(self) -> dict[str, float]:
+        """Flat, the terms as train_ce, ce, ... behind everything else."""
+        values = asdict(self)
+        train_terms, terms = values.pop("train_terms"), values.pop("terms")
+        return values | {f"train_{term}": value for term, value in train_terms.items()} | terms
 
 
 @dataclass
 class Run:
-    """One network trained with one loss. Everything but `train_loss` and the times is on the held-out images."""
+    """One network trained with one loss. Everything but what is named `train_` and the times is on the held-out images.
 
-    loss: str
+    The held-out loss is the mean over the batches, each counted by its images. For the soft IoU loss, which is no sum
+    over pixels, this is not the loss of all images at once.
+    """
+
+    name: str  # what tables and pictures call it
+    loss: str  # fused or torch
+    terms: tuple[str, ...]
     epochs: list[Epoch] = field(default_factory=list)
     class_iou: list[float | None] = field(default_factory=list)  # None: no held-out pixel has this class
     loss_ms: float = float("nan")  # median over the steps, forward and backward
@@ -97,7 +114,7 @@ def print_summary(
     table.add_column("class")
     table.add_column("share of pixels", justify="right")
     for run in runs:
-        table.add_column(run.loss, justify="right")
+        table.add_column(run.name, justify="right", overflow="fold")
     for number, name in enumerate(class_names):
         ious = [run.class_iou[number] for run in runs]
         table.add_row(name, f"{pixel_share[number]:.1%}", *("-" if iou is None else f"{iou:.3f}" for iou in ious))
@@ -107,12 +124,12 @@ def print_summary(
     console.print(table)
 
     table = Table(title="What the loss costs", title_justify="left")
-    table.add_column("loss")
+    table.add_column("loss", no_wrap=True)
     for column in ("loss per step", "share of step", "step", "peak memory", "of the logits"):
         table.add_column(column, justify="right")
     for run in runs:
         table.add_row(
-            run.loss,
+            run.name,
             f"{run.loss_ms:.2f} ms",
             f"{run.loss_share:.1%}",
             f"{run.step_ms:.1f} ms",
@@ -133,14 +150,15 @@ def print_summary(
 
 
 def save_metrics(folder: Path, setup: dict[str, Any], class_names: Sequence[str], runs: Sequence[Run]) -> None:
-    """metrics.json holds everything; metrics.csv has a line per loss and epoch."""
-    content = {"setup": setup, "class_names": list(class_names), "runs": [asdict(run) for run in runs]}
+    """metrics.json holds everything; metrics.csv has a line per run and epoch, empty where a run lacks a term."""
+    runs_content = [asdict(run) | {"epochs": [epoch.row() for epoch in run.epochs]} for run in runs]
+    content = {"setup": setup, "class_names": list(class_names), "runs": runs_content}
     (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
     with (folder / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["run", *Epoch.__dataclass_fields__])
+        rows = [{"run": run.name, **epoch.row()} for run in runs for epoch in run.epochs]
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
-        for run in runs:
-            writer.writerows({"run": run.loss, **asdict(epoch)} for epoch in run.epochs)
+        writer.writerows(rows)
 
 
 def class_color(number: int) -> Color:
@@ -166,7 +184,7 @@ def draw_predictions(
     class_names: Sequence[str],
     ignore_index: int,
 ) -> None:
-    """A row per image: image | label | prediction (one per loss). Void is black."""
+    """A row per image: image | label | prediction (one per run). Void is black."""
     titles = ["image", "label", *(f"prediction ({name})" for name in predictions)]
     height, width = labels.shape[1:]
     panel_width = 2.6
@@ -192,16 +210,18 @@ def draw_predictions(
 
 def draw_curves(path: Path, runs: Sequence[Run]) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    combinations = list(dict.fromkeys(run.terms for run in runs))
     # Torch first and wide: where both agree, the thin line lies on the wide one and both are seen.
     for run in sorted(runs, key=lambda run: run.loss, reverse=True):
         epochs = [epoch.epoch for epoch in run.epochs]
-        style: dict[str, Any] = {"marker": "." if len(epochs) == 1 else None, **LOSS_STYLE[run.loss]}
-        left.plot(epochs, [epoch.loss for epoch in run.epochs], label=f"{run.loss}, held-out", **style)
+        color = LOSS_COLORS[run.loss][combinations.index(run.terms)]
+        style: dict[str, Any] = {"color": color, "marker": "." if len(epochs) == 1 else None, **LOSS_STYLE[run.loss]}
+        left.plot(epochs, [epoch.loss for epoch in run.epochs], label=f"{run.name}, held-out", **style)
         left.plot(
-            epochs, [epoch.train_loss for epoch in run.epochs], label=f"{run.loss}, training", linestyle=":", **style
+            epochs, [epoch.train_loss for epoch in run.epochs], label=f"{run.name}, training", linestyle=":", **style
         )
-        right.plot(epochs, [epoch.mean_iou for epoch in run.epochs], label=run.loss, **style)
-    left.set(xlabel="epoch", ylabel="cross-entropy")
+        right.plot(epochs, [epoch.mean_iou for epoch in run.epochs], label=run.name, **style)
+    left.set(xlabel="epoch", ylabel="cross-entropy" if combinations == [("ce",)] else "loss, the sum of its terms")
     right.set(xlabel="epoch", ylabel="mean IoU on held-out images", ylim=(0, 1))
     for axis in (left, right):
         axis.xaxis.get_major_locator().set_params(integer=True)

@@ -1,4 +1,4 @@
-"""Train a small U-Net to segment images, with fusedloss.cross_entropy, with F.cross_entropy, or with both in turn.
+"""Train a small U-Net to segment images, with fusedloss, with the same loss in plain PyTorch, or with both in turn.
 
 Without arguments it needs no files: it draws street scenes and trains on them. With a folder of images and one of label
 maps (8 bits per pixel, each pixel the number of its class; files with the same name belong together):
@@ -6,7 +6,13 @@ maps (8 bits per pixel, each pixel the number of its class; files with the same 
     python examples/train_segmentation.py --images train/images --labels train/labels \\
         --val-images val/images --val-labels val/labels --classes 11 --ignore-index 11
 
-Both losses start from the same weights and see the same batches in the same order. The results (metrics.json,
+The loss is cross-entropy, or the sum of the terms that `--terms` names: ce (cross-entropy), iou (soft IoU loss), brier
+(Brier loss). `--terms` said several times compares:
+
+    python examples/train_segmentation.py --loss fused --terms ce --terms ce,iou
+
+Losses, also the held-out ones, are means over batches: soft IoU over a batch is not the mean of that over its images.
+All trainings start from the same weights and see the same batches in the same order. The results (metrics.json,
 metrics.csv, predictions.png, curves.png) go into the folder `--output`. docs/training.md tells more.
 """
 
@@ -14,12 +20,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import sys
-import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,39 +47,19 @@ from data import (
     split_pairs,
     survey,
 )
+from losses import TERMS, Terms, make_loss, peak_bytes
 from numpy.typing import NDArray
 from report import Epoch, Run
 from rich.console import Console
 from scenes import CLASS_NAMES, VOID
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from unet import UNet
 
 import fusedloss
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 console = Console(highlight=False)
-
-
-def make_loss(name: str, *, weight: Tensor | None, ignore_index: int, label_smoothing: float, compile: bool) -> Loss:
-    """The one place that knows which loss is trained: takes logits (N, C, H, W) and uint8 labels (N, H, W)."""
-
-    def fused(logits: Tensor, labels: Tensor) -> Tensor:
-        return fusedloss.cross_entropy(
-            logits, labels, weight, ignore_index=ignore_index, label_smoothing=label_smoothing
-        )
-
-    def torch_loss(logits: Tensor, labels: Tensor) -> Tensor:
-        # F.cross_entropy takes no uint8 labels.
-        return F.cross_entropy(
-            logits, labels.long(), weight, ignore_index=ignore_index, label_smoothing=label_smoothing
-        )
-
-    loss = {"fused": fused, "torch": torch_loss}[name]
-    return torch.compile(loss) if compile else loss
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -174,18 +159,28 @@ def learning_rate(peak: float, progress: float) -> float:
     return peak * 0.5 * (1 + float(np.cos(np.pi * (progress - warm_up) / (1 - warm_up))))
 
 
+def numbers(loss: Tensor, terms: dict[str, Tensor]) -> dict[str, float]:
+    return {"loss": loss.item(), **{term: value.item() for term, value in terms.items()}}
+
+
+def terms_text(terms: dict[str, float]) -> str:
+    return f" ({', '.join(f'{term} {value:.4f}' for term, value in terms.items())})" if terms else ""
+
+
 class Trainer:
-    def __init__(self, name: str, args: argparse.Namespace, data: Data) -> None:
-        self.name, self.args, self.data = name, args, data
+    def __init__(self, loss: str, terms: Terms, args: argparse.Namespace, data: Data) -> None:
+        self.args, self.data = args, data
+        self.name = f"{loss} {'+'.join(terms)}" if len(args.terms) > 1 else loss
         self.layout = torch.channels_last if args.channels_last else torch.contiguous_format
-        self.run = Run(name)
+        self.run = Run(self.name, loss, terms)
         self.step_seconds: list[float] = []
         self.loss_seconds: list[float] = []
 
         torch.manual_seed(args.seed)
         self.network = UNet(len(data.class_names), args.width).to(memory_format=self.layout)
         self.loss = make_loss(
-            name,
+            loss,
+            terms,
             weight=class_weights(args.class_weights, data),
             ignore_index=data.ignore_index,
             label_smoothing=args.label_smoothing,
@@ -201,8 +196,10 @@ class Trainer:
             self.resume(self.file_for(args.resume))
 
     def file_for(self, path: Path) -> Path:
-        """With --loss both there are two networks, so the name of the loss goes into the file name."""
-        return path.with_name(f"{path.stem}-{self.name}{path.suffix}") if self.args.loss == "both" else path
+        """Where there are several networks, the name of the training goes into the file name."""
+        if self.args.loss != "both" and len(self.args.terms) == 1:
+            return path
+        return path.with_name(f"{path.stem}-{self.name.replace(' ', '-')}{path.suffix}")
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.args.bfloat16)
@@ -223,10 +220,11 @@ class Trainer:
             drop_last=count >= batch_size,
         )
 
-    def train_epoch(self, epoch: int) -> float:
+    def train_epoch(self, epoch: int) -> dict[str, float]:
+        """The means over the batches of the loss and of its terms."""
         self.network.train()
         batches = self.train_batches(epoch)
-        losses: list[float] = []
+        steps: list[dict[str, float]] = []
         progress = bar(batches, f"{self.name} epoch {epoch}/{self.args.epochs}")
         for step, (images, labels) in enumerate(progress):
             # No pixel counts: the mean would be 0 / 0.
@@ -235,16 +233,16 @@ class Trainer:
             done = (epoch - 1 + step / len(batches)) / self.args.epochs
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.args.lr, done)
-            losses.append(self.train_step(images, labels))
-            if not np.isfinite(losses[-1]):
-                raise InputError(f"the {self.name} loss is {losses[-1]} in epoch {epoch}: try a smaller --lr")
+            steps.append(self.train_step(images, labels))
+            if not np.isfinite(steps[-1]["loss"]):
+                raise InputError(f"the {self.name} loss is {steps[-1]['loss']} in epoch {epoch}: try a smaller --lr")
             if not progress.disable:
-                progress.set_postfix(loss=f"{statistics.fmean(losses[-20:]):.3f}")
-        if not losses:
+                progress.set_postfix(loss=f"{statistics.fmean(step['loss'] for step in steps[-20:]):.3f}")
+        if not steps:
             raise InputError("every pixel of every training image is ignored")
-        return statistics.fmean(losses)
+        return {key: statistics.fmean(step[key] for step in steps) for key in steps[0]}
 
-    def train_step(self, images: Tensor, labels: Tensor) -> float:
+    def train_step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         start = time.perf_counter()
         logits = self.logits(images)
         # Cutting the graph here lets the backward of the loss be timed apart from the network's; the gradient that
@@ -252,22 +250,27 @@ class Trainer:
         leaf = logits.detach().requires_grad_()
         loss_start = time.perf_counter()
         with self.precision():
-            loss = self.loss(leaf, labels)
+            loss, terms = self.loss(leaf, labels)
         loss.backward()
         self.loss_seconds.append(time.perf_counter() - loss_start)
         logits.backward(leaf.grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step_seconds.append(time.perf_counter() - start)
-        return loss.item()
+        return numbers(loss, terms)
 
     @torch.inference_mode()
-    def evaluate(self) -> tuple[float, float, float]:
-        """(loss, pixel accuracy, mean IoU) on the held-out images; the IoU per class goes into the run."""
+    def evaluate(self) -> tuple[dict[str, float], float, float]:
+        """(loss and terms, pixel accuracy, mean IoU) on the held-out images; the IoU per class goes into the run.
+
+        Loss and terms are means over the batches. The soft IoU loss of all images at once would be another number,
+        because it is no sum over pixels; the mean IoU comes from counts over all images.
+        """
         self.network.eval()
         classes = len(self.data.class_names)
         confusion = np.zeros((classes, classes), dtype=np.int64)
-        total_loss, total_images = 0.0, 0
+        totals = Counter({"loss": 0.0})
+        total_images = 0
         batches = DataLoader(self.held_out_set, self.args.batch_size, num_workers=self.args.workers)
         for images, labels in bar(batches, f"{self.name} held-out"):
             counted = labels != self.data.ignore_index
@@ -275,12 +278,14 @@ class Trainer:
                 continue
             logits = self.logits(images)
             with self.precision():
-                total_loss += self.loss(logits, labels).item() * len(images)
+                loss, terms = self.loss(logits, labels)
+            for key, value in numbers(loss, terms).items():
+                totals[key] += value * len(images)
             total_images += len(images)
             pairs = labels[counted].long() * classes + logits.argmax(dim=1)[counted]
             confusion += torch.bincount(pairs, minlength=classes**2).reshape(classes, classes).numpy()
         accuracy, mean_iou, self.run.class_iou = report.scores(confusion)
-        return total_loss / max(1, total_images), accuracy, mean_iou
+        return {key: total / max(1, total_images) for key, total in totals.items()}, accuracy, mean_iou
 
     def train(self) -> Run:
         done = len(self.run.epochs)
@@ -289,13 +294,17 @@ class Trainer:
             self.evaluate()
         for epoch in range(done + 1, self.args.epochs + 1):
             start = time.perf_counter()
-            train_loss = self.train_epoch(epoch)
-            loss, accuracy, mean_iou = self.evaluate()
+            train_terms = self.train_epoch(epoch)
+            terms, accuracy, mean_iou = self.evaluate()
             seconds = time.perf_counter() - start
-            self.run.epochs.append(Epoch(epoch, train_loss, loss, accuracy, mean_iou, seconds))
+            train_loss, loss = train_terms.pop("loss"), terms.pop("loss")
+            self.run.epochs.append(
+                Epoch(epoch, train_loss, loss, accuracy, mean_iou, seconds, train_terms=train_terms, terms=terms)
+            )
             console.print(
                 f"{self.name}  epoch {epoch:>{len(str(self.args.epochs))}}/{self.args.epochs}  "
-                f"training loss {train_loss:.4f}  held-out: loss {loss:.4f}  pixel accuracy {accuracy:.3f}  "
+                f"training loss {train_loss:.4f}{terms_text(train_terms)}  "
+                f"held-out: loss {loss:.4f}{terms_text(terms)}  pixel accuracy {accuracy:.3f}  "
                 f"mean IoU {mean_iou:.3f}  ({seconds:.1f} s)"
             )
             self.save()
@@ -364,25 +373,6 @@ class Trainer:
         self.run.epochs = epochs
 
 
-def peak_bytes(loss: Loss, logits: Tensor, labels: Tensor) -> int:
-    """The most memory that PyTorch's allocator had handed out at once during forward and backward of the loss, on top
-    of what was there before. Read from the memory events in the trace of torch.profiler, which every tensor makes when
-    it is allocated and when it is freed, whoever asked for it."""
-
-    def forward_and_backward() -> None:
-        loss(logits.detach().requires_grad_(), labels).backward()
-
-    forward_and_backward()  # what the first time keeps for good is not part of a step
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        forward_and_backward()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
-    allocated = np.cumsum([event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"])])
-    return int(max(allocated, default=0))
-
-
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
@@ -398,6 +388,16 @@ def positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
     return int(text)
+
+
+def terms(text: str) -> Terms:
+    named = text.split(",")
+    for term in named:
+        if term not in TERMS:
+            raise argparse.ArgumentTypeError(f'"{term}" is no term: there are {", ".join(TERMS)}')
+        if named.count(term) > 1:
+            raise argparse.ArgumentTypeError(f"{text} names {term} more than once")
+    return tuple(term for term in TERMS if term in named)
 
 
 def share(text: str) -> float:
@@ -427,6 +427,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     training = parser.add_argument_group("training")
     training.add_argument("--loss", choices=("fused", "torch", "both"), default="both", help="(default: both, in turn)")
+    training.add_argument(
+        "--terms",
+        type=terms,
+        action="append",
+        help="the loss is the sum of these, out of ce,iou,brier; say it several times to train with each in turn "
+        "(default: ce)",
+    )
     training.add_argument("--epochs", type=positive, default=6, help="(default: 6)")
     training.add_argument("--batch-size", type=positive, default=4, help="(default: 4)")
     training.add_argument("--lr", type=float, default=5e-3, help="highest learning rate (default: 0.005)")
@@ -434,9 +441,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     training.add_argument(
         "--class-weights",
         default="balanced",
-        help="a number per class (1,2.5,...), balanced, or none (default: balanced)",
+        help="of all terms: a number per class (1,2.5,...), balanced, or none (default: balanced)",
     )
-    training.add_argument("--label-smoothing", type=float, default=0.0, help="(default: 0)")
+    training.add_argument("--label-smoothing", type=float, default=0.0, help="in the cross-entropy (default: 0)")
     training.add_argument("--width", type=positive, default=12, help="channels at full resolution (default: 12)")
     training.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
     training.add_argument("--threads", type=positive, help="(default: torch's choice)")
@@ -449,6 +456,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     output.add_argument("--save", type=Path, help="write network and optimizer into this file after every epoch")
     output.add_argument("--resume", type=Path, help="go on from such a file, up to --epochs")
     args = parser.parse_args(argv)
+    args.terms = args.terms or [("ce",)]
+    for number, combination in enumerate(args.terms):
+        if combination in args.terms[:number]:
+            parser.error(f"--terms {','.join(combination)} is there twice, and would train twice the same")
     if not 0 <= args.label_smoothing <= 1:
         parser.error(f"--label-smoothing is {args.label_smoothing}, but wanted is 0 to 1")
     if not args.lr > 0:
@@ -462,7 +473,7 @@ def run(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     data = load_data(args)
     names = ["fused", "torch"] if args.loss == "both" else [args.loss]
-    trainers = [Trainer(name, args, data) for name in names]
+    trainers = [Trainer(name, combination, args, data) for combination in args.terms for name in names]
     parameters = sum(parameter.numel() for parameter in trainers[0].network.parameters())
     source = "drawn scenes" if args.images is None else f"images from {args.images}"
     console.print(

@@ -194,6 +194,10 @@ struct SegmentationBlock {
       pixels.weight[i] = 0;
       pixels.label[i] = -1;
     }
+    for (int i = 0; i < padded; ++i) {
+      pixels.place[i] = pixels.label[i] < 0 ? math::Bits<A>(0) : pixels.label[i];
+      pixels.label_weight[i] = pixels.label[i] < 0 ? A(0) : pixels.weight[i];
+    }
     if (params.activation != Activation::kSoftmax) {
       for (int i = 0; i < padded; ++i) pixels.inverse_sum[i] = 1;
     }
@@ -254,9 +258,19 @@ struct SegmentationBlock {
 // Forward
 
 // Softmax: exponentials into the tile, statistics, and the cross-entropy of each pixel (not yet times m).
-// label_weight: w_y of each pixel, 0 where there is no label; of class indices only.
+// w_y of each pixel, also of those without a label.
+template <class A>
+void read_class_weights(const Classes<A>& classes, const SegmentationPixels<A>& pixels, int padded, A* out) {
+  if (classes.weight == nullptr) {
+    for (int i = 0; i < padded; ++i) out[i] = 1;
+  } else {
+    for (int i = 0; i < padded; ++i) out[i] = classes.weight[pixels.place[i]];
+  }
+}
+
+// class_weight: w_y of each pixel; of class indices only.
 template <class T>
-void fill_softmax(SegmentationBlock<T>& block, ComputeType<T>* cross_entropy, ComputeType<T>* label_weight) {
+void fill_softmax(SegmentationBlock<T>& block, ComputeType<T>* cross_entropy, ComputeType<T>* class_weight) {
   using A = ComputeType<T>;
   using V = Vector<A>;
   const SegmentationParams& params = block.params;
@@ -300,13 +314,12 @@ void fill_softmax(SegmentationBlock<T>& block, ComputeType<T>* cross_entropy, Co
   }
   if (!params.cross_entropy) return;
 
+  // Of pixels without a label whatever comes out: their weight is 0.
   alignas(64) A label_logit[kBlock<A>];
   if (labels != Labels::kSoft) {
-    for (int i = 0; i < block.padded; ++i) {
-      const auto label = pixels.weight[i] == A(0) ? math::Bits<A>(-1) : pixels.label[i];
-      label_logit[i] = label < 0 ? A(0) : block.logit(i, label) - sums.maximum[i];
-      label_weight[i] = label < 0 ? A(0) : classes.weight_of(label);
-    }
+    for (int i = 0; i < block.count; ++i) label_logit[i] = block.logit(i, pixels.place[i]) - sums.maximum[i];
+    for (int i = block.count; i < block.padded; ++i) label_logit[i] = 0;
+    read_class_weights(classes, pixels, block.padded, class_weight);
   }
   const math::Smoothing<V> smoothing{splat<V>(classes.smoothing.label), splat<V>(classes.smoothing.every)};
   const V weight_sum = splat<V>(static_cast<A>(params.weight_sum));
@@ -316,10 +329,10 @@ void fill_softmax(SegmentationBlock<T>& block, ComputeType<T>* cross_entropy, Co
       a = load(sums.a + i);
       b = load(sums.b + i);
     } else if (labels == Labels::kIndexSmoothed) {
-      a = math::index_label_a<V>(smoothing, load(label_weight + i), weight_sum);
-      b = math::index_label_b<V>(smoothing, load(label_weight + i), load(label_logit + i), load(sums.b + i));
+      a = math::index_label_a<V>(smoothing, load(class_weight + i), weight_sum);
+      b = math::index_label_b<V>(smoothing, load(class_weight + i), load(label_logit + i), load(sums.b + i));
     } else {
-      a = load(label_weight + i);
+      a = load(class_weight + i);
       b = a * load(label_logit + i);
     }
     store(cross_entropy + i, math::cross_entropy<V>(a, b, math::log<V>(load(sums.sum + i))));
@@ -327,10 +340,10 @@ void fill_softmax(SegmentationBlock<T>& block, ComputeType<T>* cross_entropy, Co
 }
 
 template <class T>
-void fill(SegmentationBlock<T>& block, ComputeType<T>* cross_entropy, ComputeType<T>* label_weight) {
+void fill(SegmentationBlock<T>& block, ComputeType<T>* cross_entropy, ComputeType<T>* class_weight) {
   using A = ComputeType<T>;
   const SegmentationParams& params = block.params;
-  if (params.activation == Activation::kSoftmax) return fill_softmax(block, cross_entropy, label_weight);
+  if (params.activation == Activation::kSoftmax) return fill_softmax(block, cross_entropy, class_weight);
   block.with_logits([&](const auto* z, int64_t z_stride) {
     const auto run = [&](auto sigmoid, auto soft, auto with_cross_entropy) {
       fill_each<sigmoid(), soft(), with_cross_entropy()>(
@@ -384,13 +397,19 @@ void collect_block(SegmentationBlock<T>& block, ComputeType<T>* squared_error) {
   // Class indices touch one class of a pixel.
   const int64_t classes = block.classes.count;
   const SegmentationPixels<A>& pixels = block.pixels;
-  for (int i = 0; i < block.count; ++i) {
-    const int64_t c = pixels.label[i];
-    if (c < 0 || pixels.weight[i] == A(0)) continue;
-    const A m = pixels.weight[i];
+  const auto add = [&](int i, Pair* part) {
+    const int64_t c = pixels.place[i];
+    const A m = pixels.label_weight[i];
     const A p = work.tile[c * work.stride + i] * pixels.inverse_sum[i];
-    Pair* sums = reinterpret_cast<Pair*>(work.of_labels + (i % 4 * classes + c) * 2);
-    *sums += Pair{static_cast<double>(m * p), static_cast<double>(m)};
+    part[c] += Pair{static_cast<double>(m * p), static_cast<double>(m)};
+  };
+  Pair* parts = reinterpret_cast<Pair*>(work.of_labels);
+  for (int i = 0; i < block.padded; i += 4) {  // vectors have 2, 4 or more lanes; see zero_tail for what is past them
+    add(i, parts);
+    add(i + 1, parts + classes);
+    if (kLanes<A> == 2 && i + 2 >= block.padded) break;
+    add(i + 2, parts + 2 * classes);
+    add(i + 3, parts + 3 * classes);
   }
 }
 
@@ -437,22 +456,22 @@ SegmentationPartial forward_chunk(const SegmentationParams& params, const Classe
   const bool by_label = params.cross_entropy && params.activation == Activation::kSoftmax && !params.soft_labels;
   const int64_t flushed_every = cross_entropy_chunk_pixels(params.classes);
   int64_t since_flush = 0;
+  V sum_cross_entropy = {}, sum_label_weight = {}, sum_squared_error = {}, sum_weight = {};
   for (int64_t done = 0; done < chunk.count;) {
     SegmentationBlock<T> block(params, classes, work, chunk, done);
     const SegmentationPixels<A>& pixels = block.pixels;
     if (partial.bad_label < 0) partial.bad_label = block.bad_label;
-    alignas(64) A cross_entropy[kBlock<A>], label_weight[kBlock<A>], squared_error[kBlock<A>];
-    fill(block, cross_entropy, label_weight);
+    alignas(64) A cross_entropy[kBlock<A>], class_weight[kBlock<A>], squared_error[kBlock<A>];
+    fill(block, cross_entropy, class_weight);
     collect_block(block, squared_error);
 
-    V sum_cross_entropy = {}, sum_label_weight = {}, sum_squared_error = {}, sum_weight = {};
     for (int i = 0; i < block.padded; i += kLanes<A>) {
       const V m = load(pixels.weight + i);
       sum_weight += m;
       if (params.cross_entropy) {
         const V value = load(cross_entropy + i);
         sum_cross_entropy += m == A(0) ? V{} : m * value;
-        if (by_label) sum_label_weight += m * load(label_weight + i);
+        if (by_label) sum_label_weight += load(pixels.label_weight + i) * load(class_weight + i);
       }
       if (params.squared_error) {
         const V value = load(squared_error + i);
@@ -461,20 +480,20 @@ SegmentationPartial forward_chunk(const SegmentationParams& params, const Classe
         store(squared_error + i, weighted);
       }
     }
-    partial.cross_entropy += sum_lanes<A>(sum_cross_entropy);
-    partial.squared_error += sum_lanes<A>(sum_squared_error);
-    partial.pixel_weight += sum_lanes<A>(sum_weight);
-    partial.label_weight += sum_lanes<A>(sum_label_weight);
     if (params.squared_error_of_pixels != nullptr) {
       __builtin_memcpy(static_cast<A*>(params.squared_error_of_pixels) + block.flat, squared_error,
                        sizeof(A) * block.count);
     }
     done += block.count;
     since_flush += block.count;
-    if (params.overlap && (since_flush >= flushed_every || done == chunk.count)) {
-      flush<A>(params, work, table);
-      since_flush = 0;
-    }
+    if (since_flush < flushed_every && done < chunk.count) continue;
+    since_flush = 0;
+    if (params.overlap) flush<A>(params, work, table);
+    partial.cross_entropy += sum_lanes<A>(sum_cross_entropy);
+    partial.label_weight += sum_lanes<A>(sum_label_weight);
+    partial.squared_error += sum_lanes<A>(sum_squared_error);
+    partial.pixel_weight += sum_lanes<A>(sum_weight);
+    sum_cross_entropy = sum_label_weight = sum_squared_error = sum_weight = V{};
   }
   return partial;
 }
@@ -561,24 +580,28 @@ void backward_softmax(SegmentationBlock<T>& block, const ClassGradients<ComputeT
   });
 
   const A g = static_cast<A>(params.cross_entropy ? params.cross_entropy_scale : 0.0);
-  const A weight_sum = static_cast<A>(params.weight_sum);
-  const bool smoothed = params.label_smoothing != 0.0;
-  for (int i = 0; i < block.padded; ++i) {
-    if (params.soft_labels) {
+  if (params.soft_labels) {
+    for (int i = 0; i < block.padded; ++i) {
       pixels.common[i] = g * square[i] - dot[i];
       pixels.smoothed[i] = g;
-      continue;
     }
-    const auto label = pixels.weight[i] == A(0) ? math::Bits<A>(-1) : pixels.label[i];
-    const A m = pixels.weight[i];
-    const A scale = pixels.squared_error_scale[i];
-    const A w = label < 0 ? A(0) : classes.weight_of(label);
-    const A a = smoothed ? math::index_label_a<A>(classes.smoothing, w, weight_sum) : w;
-    const A p = label < 0 ? A(0) : work.tile[label * work.stride + i];
-    const A of_label = label < 0 ? A(0) : p * (gradients.d_intersection[label] - scale * w);
-    pixels.common[i] = m * (g * a - (dot[i] + scale * square[i] + of_label));
-    pixels.labelled[i] = m * (of_label - g * classes.smoothing.label * w);
-    pixels.smoothed[i] = m * g * classes.smoothing.every;
+  } else {
+    alignas(64) A class_weight[kBlock<A>], of_label[kBlock<A>];
+    read_class_weights(classes, pixels, block.padded, class_weight);
+    for (int i = 0; i < block.padded; ++i) {
+      const int64_t c = pixels.place[i];
+      of_label[i] = work.tile[c * work.stride + i] *
+                    (gradients.d_intersection[c] - pixels.squared_error_scale[i] * class_weight[i]);
+    }
+    // Without smoothing a = w: (1 - 0) w + 0 times anything finite.
+    const A weight_sum = static_cast<A>(params.weight_sum);
+    for (int i = 0; i < block.padded; ++i) {
+      const A m = pixels.weight[i];
+      const A a = math::index_label_a<A>(classes.smoothing, class_weight[i], weight_sum);
+      pixels.common[i] = m * (g * a - (dot[i] + pixels.squared_error_scale[i] * square[i] + of_label[i]));
+      pixels.labelled[i] = m * (of_label[i] - g * classes.smoothing.label * class_weight[i]);
+      pixels.smoothed[i] = m * g * classes.smoothing.every;
+    }
   }
   write_block(block, stream, [&](auto streamed, auto* gradient, int64_t gradient_stride) {
     with_kind([&](auto soft, auto is_product, auto is_full) {

@@ -17,7 +17,9 @@ namespace {
 template <class A>
 struct alignas(64) SegmentationPixels {
   math::Bits<A> label[kBlock<A>];  // class, or -1 for none; class indices only
+  math::Bits<A> place[kBlock<A>];  // class, or 0 for none: a place in a table that may be read without asking
   A weight[kBlock<A>];             // m; 0 where ignored
+  A label_weight[kBlock<A>];       // m; 0 where there is no label
   A inverse_sum[kBlock<A>];        // softmax: 1 / S; 0 where m is
   A maximum[kBlock<A>];            // softmax
   // Backward.
