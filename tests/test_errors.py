@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import fusedloss
 
-from .registry import each_twin
+from .registry import LOSSES, each_loss
 
 X = torch.linspace(-1, 1, 12).view(4, 3)  # (N, C)
 Y = torch.tensor([0, 1, 2, 0])
@@ -156,17 +156,258 @@ MSE_LOSS = [
     Refused("reduce", (TypeError, ValueError), ("reduction",), (X, X), {"reduce": False}, False),
 ]
 
-TABLE = [
-    pytest.param(name, row, id=f"{name}-{row.id}")
-    for name, rows in (("cross_entropy", CROSS_ENTROPY), ("mse_loss", MSE_LOSS))
-    for row in rows
+# ---- the losses on probabilities -------------------------------------------------------------------------------------
+
+NUMBERS = torch.rand(4, generator=torch.Generator().manual_seed(0))
+MASK = P > 0.3  # of input's shape
+BAD_MASK = torch.zeros(4, 3, dtype=torch.int64).index_put((torch.tensor(3), torch.tensor(1)), torch.tensor(2))
+BINARY = IMAGE[:, :1]
+SIGMOID = {"activation": "sigmoid"}
+
+SHARED = [
+    # types
+    Refused("input is a list", TypeError, ("input", "list"), ([1.0, 2.0], Y)),
+    Refused("input is an array", TypeError, ("input", "ndarray"), (np.zeros((4, 3)), Y)),
+    Refused("input is None", TypeError, ("input", "None"), (None, Y)),
+    Refused("target is None", TypeError, ("target", "None"), (X, None)),
+    Refused("target is a number", TypeError, ("target", "int"), (X, 1)),
+    Refused("target is a list", TypeError, ("target", "list"), (X, [0, 1, 2, 0])),
+    Refused("pixel_weight is a list", TypeError, ("pixel_weight", "list"), (X, Y), {"pixel_weight": [1.0] * 4}),
+    Refused("pixel_weight is a number", TypeError, ("pixel_weight", "float"), (X, Y), {"pixel_weight": 1.0}),
+    Refused(
+        "activation is None", TypeError, ("activation", "softmax", "sigmoid", "None"), (X, Y), {"activation": None}
+    ),
+    Refused("activation is a number", TypeError, ("activation", "int"), (X, Y), {"activation": 0}),
+    Refused("activation is a function", TypeError, ("activation", "builtin"), (X, Y), {"activation": torch.sigmoid}),
+    Refused("ignore_index is a float", TypeError, ("ignore_index", "float"), (X, Y), {"ignore_index": 1.0}),
+    Refused("ignore_index is a bool", TypeError, ("ignore_index", "bool"), (X, Y), {"ignore_index": True}),
+    Refused("ignore_index is None", TypeError, ("ignore_index", "None"), (X, Y), {"ignore_index": None}),
+    # dtypes
+    Refused("integer input", TypeError, ("input", "int64"), (X.long(), Y)),
+    Refused("integer input, probabilities", TypeError, ("input", "int64"), (X.long(), P)),
+    Refused("bool input", TypeError, ("input", "bool"), (X > 0, Y)),
+    Refused("complex input", TypeError, ("input", "complex64"), (X + 0j, Y)),
+    Refused("float8 input", TypeError, ("input", "float8"), (X.to(torch.float8_e5m2), Y)),
+    Refused("int8 target", TypeError, ("target", "int8"), (X, Y.to(torch.int8))),
+    Refused("uint16 target", TypeError, ("target", "uint16"), (X, Y.to(torch.uint16))),
+    Refused("complex target", TypeError, ("target", "complex64"), (X, P + 0j)),
+    Refused("float8 target", TypeError, ("target", "float8"), (X, P.to(torch.float8_e5m2))),
+    Refused("bool target of labels' shape", TypeError, ("target", "bool", r"\(4, 3\)", r"\(4,\)"), (X, Y > 0)),
+    Refused("bool target of labels' shape, sigmoid", TypeError, ("target", "bool"), (X, Y > 0), SIGMOID),
+    Refused("integer pixel_weight", TypeError, ("pixel_weight", "int64"), (X, Y), {"pixel_weight": Y}),
+    Refused("byte pixel_weight", TypeError, ("pixel_weight", "uint8"), (X, Y), {"pixel_weight": Y.to(torch.uint8)}),
+    Refused("complex pixel_weight", TypeError, ("pixel_weight", "complex64"), (X, Y), {"pixel_weight": NUMBERS + 0j}),
+    # shapes
+    Refused("input without dimensions", ValueError, ("input", r"\(N, C\)", r"\(\)"), (X[0, 0], Y[0])),
+    Refused("input without a batch", ValueError, ("input", r"\(N, C\)", r"\(3,\)"), (X[0], Y[0])),
+    Refused("probabilities without a batch", ValueError, ("input", r"\(3,\)"), (X[0], P[0])),
+    Refused("another batch size", ValueError, ("target", r"\(4,\)", r"\(3,\)"), (X, Y[:3])),
+    Refused("one label for many rows", ValueError, ("target", r"\(4,\)", r"\(\)"), (X, Y[0])),
+    Refused("labels in a column", ValueError, ("target", r"\(4, 1\)"), (X, Y[:, None])),
+    Refused("label with a class dimension", ValueError, ("target", r"\(2, 1, 4, 5\)"), (IMAGE, MAP[:, None])),
+    Refused("mask of one class for many", ValueError, ("target", r"\(2, 1, 4, 5\)"), (IMAGE, MAP[:, None]), SIGMOID),
+    Refused("mask of another batch size", ValueError, ("target", r"\(3, 3\)"), (X, MASK[:3]), SIGMOID),
+    Refused("label map turned", ValueError, ("target", r"\(2, 5, 4\)"), (IMAGE, MAP.mT)),
+    Refused("label map without a batch", ValueError, ("target", r"\(4, 5\)"), (IMAGE, MAP[0])),
+    Refused("label map that would broadcast", ValueError, ("target", r"\(1, 4, 5\)"), (IMAGE, MAP[:1])),
+    Refused("label map for rows", ValueError, ("target", r"\(2, 4, 5\)"), (X, MAP)),
+    Refused("float target of labels' shape", ValueError, ("target", "float32", r"\(4, 3\)", r"\(4,\)"), (X, Y.float())),
+    Refused("probabilities of another shape", ValueError, ("target", r"\(4, 4\)"), (X, torch.rand(4, 4))),
+    Refused("probabilities that would broadcast", ValueError, ("target", r"\(1, 3\)"), (X, P[:1])),
+    Refused("bool mask under softmax", ValueError, ("target", "mask", "sigmoid"), (X, MASK)),
+    Refused("integer mask under softmax", ValueError, ("target", "mask", "sigmoid"), (X, MASK.long())),
+    Refused("pixel_weight too short", ValueError, ("pixel_weight", r"\(3,\)"), (X, Y), {"pixel_weight": NUMBERS[:3]}),
+    Refused("pixel_weight in a column", ValueError, ("pixel_weight", r"\(4, 1\)"), (X, Y), {"pixel_weight": P[:, :1]}),
+    Refused("pixel_weight without dimensions", ValueError, ("pixel_weight",), (X, Y), {"pixel_weight": NUMBERS[0]}),
+    Refused(
+        "pixel_weight with a class dimension",
+        ValueError,
+        ("pixel_weight", r"\(2, 4, 5\)", r"\(2, 1, 4, 5\)"),
+        (IMAGE, MAP),
+        {"pixel_weight": BINARY},
+    ),
+    Refused("pixel_weight of input's shape", ValueError, ("pixel_weight",), (IMAGE, MAP), {"pixel_weight": IMAGE}),
+    # options
+    Refused("unknown activation", ValueError, ("activation", "none", "tanh"), (X, Y), {"activation": "tanh"}),
+    Refused("activation in capitals", ValueError, ("activation", "Softmax"), (X, Y), {"activation": "Softmax"}),
+    Refused("ignore_index of 71 bits", ValueError, ("ignore_index", str(2**70)), (X, Y), {"ignore_index": 2**70}),
+    Refused("ignore_index with probabilities", ValueError, ("ignore_index", "0"), (X, P), {"ignore_index": 0}),
+    Refused(
+        "ignore_index with a mask",
+        ValueError,
+        ("ignore_index", "pixel_weight", "255"),
+        (X, MASK),
+        {"ignore_index": 255, **SIGMOID},
+    ),
+    Refused(
+        "ignore_index with an integer mask",
+        ValueError,
+        ("ignore_index", "pixel_weight", "255"),
+        (X, MASK.long()),
+        {"ignore_index": 255, **SIGMOID},
+    ),
+    Refused("softmax of one class", ValueError, ("activation", "sigmoid", "softmax"), (BINARY, MAP)),
+    Refused("softmax of one class, mask", ValueError, ("activation", "sigmoid"), (BINARY, MAP[:, None])),
+    Refused("softmax of one class, probabilities", ValueError, ("activation", "sigmoid"), (BINARY, BINARY)),
+    Refused(
+        "pixel_weight requires grad",
+        ValueError,
+        ("pixel_weight", "grad"),
+        (X, Y),
+        {"pixel_weight": NUMBERS.clone().requires_grad_()},
+    ),
+    # devices and layouts
+    Refused("target elsewhere", ValueError, ("target", "meta"), (X, Y.to("meta"))),
+    Refused("probabilities elsewhere", ValueError, ("target", "meta"), (X, META)),
+    Refused("input elsewhere", ValueError, ("input", "meta"), (META, Y)),
+    Refused("pixel_weight elsewhere", ValueError, ("pixel_weight", "meta"), (X, Y), {"pixel_weight": META[:, 0]}),
+    Refused("all on meta", ValueError, ("input", "meta"), (META, Y.to("meta"))),
+    Refused("sparse input", ValueError, ("input", "to_dense", "sparse"), (X.to_sparse(), Y)),
+    Refused("sparse target", ValueError, ("target", "sparse"), (X, Y.to_sparse())),
+    Refused("sparse probabilities", ValueError, ("target", "sparse"), (X, P.to_sparse())),
+    Refused(
+        "sparse pixel_weight", ValueError, ("pixel_weight", "sparse"), (X, Y), {"pixel_weight": NUMBERS.to_sparse()}
+    ),
+    # labels
+    Refused("label too large", IndexError, ("target", r"\(2,?\)", "3"), (X, torch.tensor([0, 1, 3, 0]))),
+    Refused("label negative", IndexError, ("target", r"\(1,?\)", "-1"), (X, torch.tensor([0, -1, 2, 0]))),
+    Refused("label of one class", IndexError, ("target", r"\(2,?\)", "2"), (X[:, :1], Y), SIGMOID),
+    Refused("number in a mask", IndexError, ("target", r"\(3, 1\)", "0 or 1", "2"), (X, BAD_MASK), SIGMOID),
 ]
+
+CLASS_WEIGHTS = [
+    Refused("weight is a list", TypeError, ("weight", "list"), (X, Y, [1.0, 1.0, 1.0])),
+    Refused("weight is a string", TypeError, ("weight", "str"), (X, Y, "mean")),
+    Refused("integer weight", TypeError, ("weight", "int64"), (X, Y, torch.ones(3, dtype=torch.int64))),
+    Refused("bool weight", TypeError, ("weight", "bool"), (X, Y, W > 0)),
+    Refused("complex weight", TypeError, ("weight", "complex64"), (X, Y, W + 0j)),
+    Refused("integer weight with probabilities", TypeError, ("weight", "int64"), (X, P, W.long())),
+    Refused("weight too long", ValueError, ("weight", r"\(3,\)", r"\(4,\)"), (X, Y, torch.rand(4))),
+    Refused("weight that would broadcast", ValueError, ("weight", r"\(1,\)"), (X, Y, torch.rand(1))),
+    Refused("weight with two dimensions", ValueError, ("weight", r"\(1, 3\)"), (X, Y, W[None])),
+    Refused("weight without dimensions", ValueError, ("weight", r"\(\)"), (X, Y, W[0])),
+    Refused("weight requires grad", ValueError, ("weight", "grad"), (X, Y, W.clone().requires_grad_())),
+    Refused("weight requires grad, probabilities", ValueError, ("weight", "grad"), (X, P, W.clone().requires_grad_())),
+    Refused("weight elsewhere", ValueError, ("weight", "meta"), (X, Y, W.to("meta"))),
+    Refused("sparse weight", ValueError, ("weight", "sparse"), (X, Y, W.to_sparse())),
+]
+
+REDUCTION = [
+    Refused("reduction is None", TypeError, ("reduction", "None"), (X, Y), {"reduction": None}),
+    Refused("reduction is a number", TypeError, ("reduction", "int"), (X, Y), {"reduction": 1}),
+    Refused("unknown reduction", ValueError, ("reduction", "average"), (X, Y), {"reduction": "average"}),
+    Refused("reduction in capitals", ValueError, ("reduction", "Mean"), (X, Y), {"reduction": "Mean"}),
+]
+
+RETIRED = [
+    Refused("size_average", (TypeError, ValueError), ("size_average", "reduction"), (X, Y), {"size_average": False}),
+    Refused("reduce", (TypeError, ValueError), ("reduce", "reduction"), (X, Y), {"reduce": True}),
+]
+
+GROUPS = [
+    Refused("per_image is a string", TypeError, ("per_image", "str"), (X, Y), {"per_image": "yes"}),
+    Refused("intersection is None", TypeError, ("intersection", "None"), (X, Y), {"intersection": None}),
+    Refused(
+        "unknown intersection",
+        ValueError,
+        ("intersection", "'min' or 'product'", "max"),
+        (X, Y),
+        {"intersection": "max"},
+    ),
+]
+
+OVERLAP = [
+    *GROUPS,
+    Refused("absent is None", TypeError, ("absent", "None"), (X, Y), {"absent": None}),
+    Refused("absent is a bool", TypeError, ("absent", "bool"), (X, Y), {"absent": True}),
+    Refused("unknown absent", ValueError, ("absent", "skip", "keep"), (X, Y), {"absent": "keep"}),
+    Refused("log is a string", TypeError, ("log", "str"), (X, Y), {"log": "no"}),
+    Refused("smooth is a string", TypeError, ("smooth", "str"), (X, Y), {"smooth": "1"}),
+    Refused("smooth is None", TypeError, ("smooth", "None"), (X, Y), {"smooth": None}),
+    Refused("smooth below 0", ValueError, ("smooth", "0 or more", "-1"), (X, Y), {"smooth": -1.0}),
+    Refused("smooth NaN", ValueError, ("smooth", "nan"), (X, Y), {"smooth": math.nan}),
+    Refused("eps is None", TypeError, ("eps", "None"), (X, Y), {"eps": None}),
+    Refused("eps of 0", ValueError, ("eps", "more than 0", "0"), (X, Y), {"eps": 0.0}),
+    Refused("eps below 0", ValueError, ("eps", "-1e-07"), (X, Y), {"eps": -1e-7}),
+    Refused("eps NaN", ValueError, ("eps", "nan"), (X, Y), {"eps": math.nan}),
+    Refused("gamma is complex", TypeError, ("gamma", "complex"), (X, Y), {"gamma": 1j}),
+    Refused("gamma of 0", ValueError, ("gamma", "more than 0", "0"), (X, Y), {"gamma": 0}),
+    Refused("gamma below 0", ValueError, ("gamma", "-2"), (X, Y), {"gamma": -2.0}),
+    Refused("gamma NaN", ValueError, ("gamma", "nan"), (X, Y), {"gamma": math.nan}),
+    Refused("classes is a number", TypeError, ("classes", "sequence", "int"), (X, Y), {"classes": 1}),
+    Refused("classes is a string", TypeError, ("classes", "sequence", "str"), (X, Y), {"classes": "01"}),
+    Refused("a class is a float", TypeError, ("classes", "int", "float"), (X, Y), {"classes": (0, 1.0)}),
+    Refused("a class is None", TypeError, ("classes", "int", "None"), (X, Y), {"classes": [None]}),
+    Refused("a class of 71 bits", ValueError, ("classes", str(2**70)), (X, Y), {"classes": [2**70]}),
+    Refused("a class too large", ValueError, ("classes", r"\[0, 3\)", "3"), (X, Y), {"classes": (0, 3)}),
+    Refused("a class negative", ValueError, ("classes", r"\[0, 3\)", "-1"), (X, Y), {"classes": (-1,)}),
+    Refused("a class twice", ValueError, ("classes", "different", r"\[1, 0, 1\]"), (X, Y), {"classes": (1, 0, 1)}),
+    Refused("no class", ValueError, ("classes", "one or more", r"\[\]"), (X, Y), {"classes": ()}),
+]
+
+TVERSKY = [
+    Refused("alpha is a string", TypeError, ("alpha", "str"), (X, Y), {"alpha": "1"}),
+    Refused("alpha below 0", ValueError, ("alpha", "0 or more", "-0.5"), (X, Y), {"alpha": -0.5}),
+    Refused("alpha NaN", ValueError, ("alpha", "nan"), (X, Y), {"alpha": math.nan}),
+    Refused("beta is None", TypeError, ("beta", "None"), (X, Y), {"beta": None}),
+    Refused("beta below 0", ValueError, ("beta", "0 or more", "-0.5"), (X, Y), {"beta": -0.5}),
+    Refused("beta NaN", ValueError, ("beta", "nan"), (X, Y), {"beta": math.nan}),
+]
+
+SEGMENTATION = [
+    Refused("cross_entropy is a string", TypeError, ("cross_entropy", "str"), (X, Y), {"cross_entropy": "1"}),
+    Refused("iou is None", TypeError, ("iou", "None"), (X, Y), {"iou": None}),
+    Refused("brier is complex", TypeError, ("brier", "complex"), (X, Y), {"brier": 1j}),
+    Refused("label_smoothing is None", TypeError, ("label_smoothing", "None"), (X, Y), {"label_smoothing": None}),
+    Refused("smoothing above 1", ValueError, ("label_smoothing", r"\[0, 1\]", "1.1"), (X, Y), {"label_smoothing": 1.1}),
+    Refused("smoothing below 0", ValueError, ("label_smoothing", r"\[0, 1\]", "-1"), (X, Y), {"label_smoothing": -1}),
+    Refused("smoothing NaN", ValueError, ("label_smoothing", "nan"), (X, Y), {"label_smoothing": math.nan}),
+    Refused(
+        "cross-entropy of probabilities",
+        ValueError,
+        ("cross_entropy", "activation='none'", "logits", "1"),
+        (P, Y),
+        {"activation": "none", "cross_entropy": 1.0},
+    ),
+    Refused("pos_weight is a list", TypeError, ("pos_weight", "list"), (X, Y), {"pos_weight": [1.0, 1.0, 1.0]}),
+    Refused("integer pos_weight", TypeError, ("pos_weight", "int64"), (X, Y), {"pos_weight": W.long()}),
+    Refused("pos_weight too long", ValueError, ("pos_weight", r"\(3,\)", r"\(4,\)"), (X, Y), {"pos_weight": NUMBERS}),
+    Refused("pos_weight that would broadcast", ValueError, ("pos_weight", r"\(1,\)"), (X, Y), {"pos_weight": W[:1]}),
+    Refused(
+        "pos_weight requires grad",
+        ValueError,
+        ("pos_weight", "grad"),
+        (X, Y),
+        {"pos_weight": W.clone().requires_grad_()},
+    ),
+    Refused("pos_weight elsewhere", ValueError, ("pos_weight", "meta"), (X, Y), {"pos_weight": W.to("meta")}),
+    Refused("sparse pos_weight", ValueError, ("pos_weight", "sparse"), (X, Y), {"pos_weight": W.to_sparse()}),
+]
+
+TWINS = {"cross_entropy": CROSS_ENTROPY, "mse_loss": MSE_LOSS}
+ON_PROBABILITIES = {
+    "soft_iou_loss": SHARED + CLASS_WEIGHTS + REDUCTION + RETIRED + OVERLAP,
+    "dice_loss": SHARED + CLASS_WEIGHTS + REDUCTION + RETIRED + OVERLAP,
+    "tversky_loss": SHARED + CLASS_WEIGHTS + REDUCTION + RETIRED + OVERLAP + TVERSKY,
+    "brier_loss": SHARED + CLASS_WEIGHTS + REDUCTION + RETIRED,
+    "segmentation_loss": SHARED + CLASS_WEIGHTS + RETIRED + OVERLAP + TVERSKY + SEGMENTATION,
+    "overlap_statistics": SHARED + GROUPS,
+}
+
+
+def table(of_functions):
+    return [pytest.param(name, row, id=f"{name}-{row.id}") for name, rows in of_functions.items() for row in rows]
+
+
+TABLE = table(TWINS | ON_PROBABILITIES)
+MODULES = {loss.name: loss.module for loss in LOSSES if loss.module is not None}
+REQUIRED = {"tversky_loss": {"alpha": 0.3, "beta": 0.7}}  # options that have no default
 
 
 @pytest.mark.parametrize(("name", "row"), TABLE)
 def test_refused(name, row):
     with pytest.raises(row.error) as caught:
-        getattr(fusedloss, name)(*row.arguments, **row.options)
+        getattr(fusedloss, name)(*row.arguments, **REQUIRED.get(name, {}) | row.options)
     message = str(caught.value)
     assert message.startswith(f"{name}: "), message
     assert "\n" not in message
@@ -174,7 +415,7 @@ def test_refused(name, row):
         assert re.search(word, message), f"{word!r} is not in {message!r}"
 
 
-@pytest.mark.parametrize(("name", "row"), TABLE)
+@pytest.mark.parametrize(("name", "row"), table(TWINS))
 def test_torch_refuses_it_too(name, row):
     """Or takes it, where the row says so: then we are stricter, on purpose."""
     function = getattr(F, name)
@@ -195,27 +436,27 @@ def test_refused_with_gradients_too(name, row):
         for k, a in enumerate(row.arguments)
     ]
     with pytest.raises(row.error):
-        getattr(fusedloss, name)(*arguments, **row.options)
+        getattr(fusedloss, name)(*arguments, **REQUIRED.get(name, {}) | row.options)
 
 
-@pytest.mark.parametrize(("name", "row"), TABLE)
+@pytest.mark.parametrize(("name", "row"), [p for p in TABLE if p.values[0] in MODULES])
 def test_refused_by_the_module_too(name, row):
     """Options that the constructor does not know are its own TypeError; all else is found in the call."""
-    module = {"cross_entropy": fusedloss.CrossEntropyLoss, "mse_loss": fusedloss.MSELoss}[name]
-    options = dict(row.options)
-    if name == "cross_entropy" and len(row.arguments) == 3:
+    options = REQUIRED.get(name, {}) | row.options
+    given = {key: options.pop(key) for key in ("pixel_weight",) if key in options}  # with input and target
+    if name != "mse_loss" and len(row.arguments) == 3:
         options["weight"] = row.arguments[2]
     with pytest.raises((row.error, TypeError) if isinstance(row.error, type) else row.error):
-        module(**options)(*row.arguments[:2])
+        MODULES[name](**options)(*row.arguments[:2], **given)
 
 
-@each_twin
+@each_loss
 def test_a_good_call_after_a_bad_one(loss):
-    for row in CROSS_ENTROPY if loss.name == "cross_entropy" else MSE_LOSS:
+    for row in (TWINS | ON_PROBABILITIES)[loss.name]:
         with pytest.raises(row.error):
-            loss.function(*row.arguments, **row.options)
-    target = Y if loss.name == "cross_entropy" else P
-    torch.testing.assert_close(loss.function(X, target), loss.torch(X, target))
+            loss.function(*row.arguments, **loss.required | row.options)
+    target = P if loss.name == "mse_loss" else Y
+    torch.testing.assert_close(loss.function(X, target, **loss.required), loss.torch(X, target, **loss.required))
 
 
 # ---- labels outside [0, C) -------------------------------------------------------------------------------------------
@@ -342,3 +583,110 @@ def test_more_classes_than_are_counted(device):
     logits = torch.zeros(1, device=device).expand(1, 2**31)
     with pytest.raises(ValueError, match="classes"):
         fusedloss.cross_entropy(logits, torch.zeros(1, dtype=torch.int64, device=device))
+
+
+# ---- the losses on probabilities, beside the table -------------------------------------------------------------------
+
+each_on_probabilities = pytest.mark.parametrize("name", ON_PROBABILITIES)
+
+
+def call(name, *arguments, **options):
+    return getattr(fusedloss, name)(*arguments, **REQUIRED.get(name, {}) | options)
+
+
+@each_on_probabilities
+def test_the_first_of_many_bad_labels_on_probabilities(name, threads, device):
+    """Of a mask too, where it is the first in the tensor's order, not in that of the visit."""
+    logits = torch.zeros(4, 3, 200, 150, device=device)
+    labels = torch.zeros(4, 200, 150, dtype=torch.int64, device=device)
+    labels[1, 100:] = 77
+    labels[3] = 5
+    mask = torch.zeros(4, 3, 200, 150, dtype=torch.uint8, device=device)
+    mask[1, 2, 100:] = 7
+    mask[1, 1, 150:] = 9  # another class, a later pixel
+    mask[3] = 5
+    for number in (1, 2, 5):
+        threads(number)
+        with pytest.raises(IndexError, match=r"\(1, 100, 0\).*77"):
+            call(name, logits, labels)
+        for of_dtype in (mask, mask.long()):
+            with pytest.raises(IndexError, match=r"\(1, 1, 150, 0\).*9"):
+                call(name, logits, of_dtype, **SIGMOID)
+
+
+@each_on_probabilities
+def test_bad_label_in_a_strided_target_on_probabilities(name, device):
+    labels = torch.zeros(5, 4, dtype=torch.int64, device=device)
+    labels[3, 1] = 9
+    with pytest.raises(IndexError, match=r"\(1, 3\).*9"):
+        call(name, torch.zeros(4, 3, 5, device=device), labels.T)
+    mask = torch.zeros(5, 3, 4, dtype=torch.uint8, device=device)
+    mask[3, 2, 1] = 9
+    with pytest.raises(IndexError, match=r"\(1, 2, 3\).*9"):
+        call(name, torch.zeros(4, 3, 5, device=device), mask.permute(2, 1, 0), **SIGMOID)
+
+
+@each_on_probabilities
+def test_ignore_index_of_another_dtype_is_a_bad_label(name, device):
+    """-100 is not the 156 of a byte, and the default is no longer ignored where another label is."""
+    logits = torch.zeros(3, 3, device=device)
+    with pytest.raises(IndexError, match=r"\(1,?\).*156"):
+        call(name, logits, torch.tensor([0, 156, 1], dtype=torch.uint8, device=device))
+    with pytest.raises(IndexError, match=r"\(2,?\).*-7.*-100"):
+        call(name, logits, torch.tensor([0, -7, -100], device=device), ignore_index=-7)
+
+
+@each_on_probabilities
+def test_right_calls_do_not_warn_on_probabilities(name, device):
+    """Nor are they refused: each kind of label and weight that the docstrings name."""
+    x, y, p = X.to(device), Y.to(device), P.to(device)
+    for activation in ("softmax", "sigmoid", "none"):
+        options = {"activation": activation}
+        if name == "segmentation_loss" and activation == "none":
+            options["cross_entropy"] = 0
+        masks = [] if activation == "softmax" else [p > 0.3, (p > 0.3).to(torch.uint8), (p > 0.3).long()]
+        for target in (y, y.to(torch.uint8), y.to(torch.int16), y.int(), p, p.double(), p.half(), *masks):
+            for pixel_weight in (None, p[:, 0], p[:, 0].double(), p[:, 0].bfloat16(), y > 0):
+                call(name, p if activation == "none" else x, target, pixel_weight=pixel_weight, **options)
+
+
+@each_on_probabilities
+def test_a_tensor_whose_storage_is_gone_on_probabilities(name, device):
+    def gone(*shape, dtype=torch.float32):
+        tensor = torch.zeros(shape, dtype=dtype, device=device)
+        tensor.untyped_storage().resize_(0)
+        return tensor
+
+    x, y = X.to(device), Y.to(device)
+    for arguments, options in (
+        ((gone(4, 3), y), {}),
+        ((x, gone(4, dtype=torch.int64)), {}),
+        ((x, gone(4, 3)), {}),
+        ((x, y), {"pixel_weight": gone(4)}),
+        *([] if name == "overlap_statistics" else [((x, y, gone(3)), {})]),
+    ):
+        with pytest.raises(ValueError, match="no memory"):
+            call(name, *arguments, **options)
+
+
+@each_on_probabilities
+def test_more_classes_than_are_counted_on_probabilities(name, device):
+    logits = torch.zeros(1, device=device).expand(1, 2**31)
+    with pytest.raises(ValueError, match="classes"):
+        call(name, logits, torch.zeros(1, dtype=torch.int64, device=device))
+
+
+def test_options_without_a_default_are_asked_for():
+    with pytest.raises(TypeError, match=r"alpha.*beta"):
+        fusedloss.tversky_loss(X, Y)
+    with pytest.raises(TypeError, match="beta"):
+        fusedloss.tversky_loss(X, Y, alpha=0.3)
+    with pytest.raises(TypeError, match=r"alpha.*beta"):
+        fusedloss.TverskyLoss()
+
+
+@each_on_probabilities
+def test_options_are_keywords(name):
+    """weight is the last that may be given by its place, and overlap_statistics has none."""
+    with pytest.raises(TypeError, match="positional"):
+        call(name, X, Y, *([] if name == "overlap_statistics" else [None]), "softmax")

@@ -14,12 +14,14 @@ from .compare import check, evaluate
 from .registry import (
     CROSS_ENTROPY,
     MSE_LOSS,
+    SEGMENTATION_LOSS,
     Maker,
     difference,
     each_case,
     each_dtype,
     each_reduction,
     indices,
+    on_pixels,
     probabilities,
 )
 from .tolerance import assert_no_worse
@@ -70,6 +72,9 @@ def test_sizes_around_lanes_and_blocks(classes, layout, dtype, level):
         check(CROSS_ENTROPY, call, with_torch=False, what=f"{pixels} pixels")
         if pixels % 7 == 1:
             check(CROSS_ENTROPY, probabilities(input, soft), with_torch=False, what=f"{pixels} pixels")
+            check(SEGMENTATION_LOSS, on_pixels(input, soft, brier=1.0), with_torch=False, what=f"{pixels} pixels")
+        if pixels % 3 == 1:
+            check(SEGMENTATION_LOSS, on_pixels(input, labels, brier=1.0), with_torch=False, what=f"{pixels} pixels")
 
 
 @each_dtype
@@ -88,6 +93,8 @@ def test_levels_agree(dtype):
         (CROSS_ENTROPY, indices(m.normal(2, 21, 31, 33), m.labels(21, 2, 31, 33), m.positive(21), label_smoothing=0.1)),
         (CROSS_ENTROPY, indices(m.normal(300, 1001), m.labels(1001, 300))),
         (CROSS_ENTROPY, probabilities(m.normal(2, 21, 31, 33), m.probabilities(2, 21, 31, 33))),
+        (SEGMENTATION_LOSS, on_pixels(m.normal(2, 21, 31, 33), m.labels(21, 2, 31, 33), m.positive(21), brier=1.0)),
+        (SEGMENTATION_LOSS, on_pixels(m.normal(2, 5, 31, 33), m.probabilities(2, 5, 31, 33), activation="sigmoid")),
         (MSE_LOSS, difference(m.normal(70001), m.normal(70001), m.positive(70001))),
     ]
     before = _C.get_cpu_capability()

@@ -31,6 +31,8 @@ ACTIVATIONS = ("softmax", "sigmoid", "none")
 LAYOUTS = ("planes", "rows", "channels_last")
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float64, torch.float32, *HALF)
+ABSENT = ("skip", "count", "zero")
+TWO_DTYPES = (torch.float64, torch.bfloat16)  # that are least alike, where all four would take long
 
 
 def each(losses):
@@ -63,6 +65,11 @@ def reductions_of(loss):
 def grouped(loss):
     """For losses that know images."""
     return {} if loss is BRIER_LOSS else {"per_image": True}
+
+
+def with_absent(loss, policy):
+    """For losses that ask which classes count."""
+    return {"absent": policy} if loss in (*OVERLAPS, SEGMENTATION_LOSS) else {}
 
 
 def numbers(m, activation, *shape):
@@ -132,12 +139,28 @@ def test_more_pixels_than_float32_can_count(device):
     assert losses.tolist() == [pytest.approx(expected, rel=1e-6)]
 
 
+def test_gradient_of_more_pixels_than_float32_can_count(device):
+    """One class: I = T / 2, U = P + T - I; dL/dI + dL/dP = -1 / U where it is labelled, dL/dP = I / U^2 elsewhere."""
+    side, of_class = 4100, 2**24 + 2
+    labels = torch.zeros(1, side, side, dtype=torch.uint8, device=device)
+    labels.view(-1)[-of_class:] = 1
+    logits = torch.zeros(1, 1, side, side, dtype=torch.bfloat16, device=device, requires_grad=True)
+    fusedloss.soft_iou_loss(logits, labels, activation="sigmoid").backward()
+    both = of_class / 2
+    union = side * side / 2 + of_class - both
+    slope = 0.25  # p (1 - p)
+    expected = torch.tensor([slope * both / union**2, -slope / union], dtype=torch.float64, device=device)
+    gradient = logits.grad.view(-1)
+    for part, number in zip((gradient[:-of_class], gradient[-of_class:]), expected, strict=True):
+        assert part.min() == part.max()
+        assert_no_worse(part[0], None, number)
+
+
 # ---- large logits, infinity and NaN ----------------------------------------------------------------------------------
 
 FAR = {
     "one above": [1e4, 0.0, 1.0, -1.0],
     "one below": [-1e4, 0.0, 1.0, -1.0],
-    "two above": [1e4, 1.0, 1e4, -1.0],
     "above and below": [1e4, -1e4, 0.0, 1.0],
     "all above": [1e4, 1e4, 1e4, 1e4],
     "all below": [-1e4, -1e4, -1e4, -1e4],
@@ -308,9 +331,10 @@ def test_an_ignored_pixel_is_as_if_it_were_not_there(loss, activation, by, reduc
 def test_every_pixel_ignored(loss, activation, by, device):
     """0 with a gradient of 0, in a mean too: nothing was wrong."""
     every = torch.ones(2, 5, 7, dtype=torch.bool, device=device)
-    for (layout, dtype, reduction), options in itertools.product(every_way(loss), ({}, grouped(loss))):
+    ways = ({}, grouped(loss), grouped(loss) | with_absent(loss, "count"))
+    for dtype, reduction, options in itertools.product(TWO_DTYPES, reductions_of(loss), ways):
         call, _ = ignoring(loss, by, activation, reduction, dtype, device, **options)
-        call = lay_out(fill(call, every), layout)
+        call = fill(call, every)
         if by == "ignore_index":
             call = call.map(lambda labels: torch.full_like(labels, -100), ["target"])
         else:
@@ -366,11 +390,14 @@ def test_ignore_index_may_be_background_or_foreground(loss, activation, ignore_i
 @each_activation
 @each_reduction
 def test_an_image_of_ignored_pixels_alone(loss, by, activation, reduction, device):
-    """The mean over images is the mean over the others; what is given for each image is 0 for it."""
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+    """The mean over images is the mean over the others; what is given for each image is 0 for it.
+
+    Whichever way absent classes count: in that image none does.
+    """
+    for dtype, absent in itertools.product((torch.float64, torch.float32, torch.bfloat16), ABSENT):
         m = Maker(dtype, device)
         input, labels, weight = numbers(m, activation, 4, 5, 3, 7), m.labels(3, 4, 3, 7), m.positive(5)
-        options = {"activation": activation, "reduction": reduction, **grouped(loss)}
+        options = {"activation": activation, "reduction": reduction, **grouped(loss), **with_absent(loss, absent)}
         others = [0, 3]
         if by == "ignore_index":
             labels[1:3] = -100
@@ -412,7 +439,6 @@ def test_an_image_without_a_class_that_counts(loss, device):
 
 # ---- absent classes --------------------------------------------------------------------------------------------------
 
-ABSENT = ("skip", "count", "zero")
 LACKING = ("labels", "prediction", "labels and prediction")
 
 
@@ -432,7 +458,7 @@ def lacking(who, activation, dtype, device):
 @pytest.mark.parametrize("absent", ABSENT)
 @pytest.mark.parametrize("who", LACKING)
 def test_a_class_that_is_lacking(loss, activation, absent, who, device):
-    for dtype in (torch.float32, torch.float16):
+    for dtype in TWO_DTYPES:
         input, labels, weight = lacking(who, activation, dtype, device)
         both, predicted, labelled = fusedloss.overlap_statistics(input, labels, activation=activation)
         assert both[0, 2] == 0
@@ -440,7 +466,7 @@ def test_a_class_that_is_lacking(loss, activation, absent, who, device):
         assert (labelled[0, 2] == 0) == ("labels" in who)
         options = {"activation": activation, "absent": absent}
         for reduction in loss.reductions:
-            for more in ({}, {"per_image": True}, {"log": True}, {"smooth": 1.0, "gamma": 0.5}):
+            for more in ({"per_image": True}, {"log": True}, {"smooth": 1.0, "gamma": 0.5}):
                 call = call_of(loss, input, labels, weight, reduction, **options, **more)
                 check(loss, call, with_torch=False, what=f"{dtype}, {reduction}, {more}")
 
@@ -480,7 +506,7 @@ def test_what_a_lacking_class_loses(loss, who, absent, plain, smoothed, logged, 
 @each_loss
 @each_activation
 def test_one_pixel(loss, activation, device):
-    for dtype, shape in itertools.product(DTYPES, ((1, 3), (1, 3, 1, 1), (1, 3, 1, 1, 1))):
+    for dtype, shape in itertools.product(TWO_DTYPES, ((1, 3), (1, 3, 1, 1), (1, 3, 1, 1, 1))):
         m = Maker(dtype, device)
         input, weight = numbers(m, activation, *shape), m.positive(3)
         for target in (m.labels(3, *shape[:1], *shape[2:]), m.probabilities(*shape)):
@@ -493,7 +519,7 @@ def test_one_pixel(loss, activation, device):
 @each_loss
 @pytest.mark.parametrize("activation", ["sigmoid", "none"])
 def test_one_class(loss, activation, device):
-    for dtype, shape in itertools.product(DTYPES, ((7, 1), (2, 1, 35), (2, 1, 5, 7))):
+    for dtype, shape in itertools.product(TWO_DTYPES, ((7, 1), (2, 1, 35), (2, 1, 5, 7))):
         m = Maker(dtype, device)
         input = m.positive(*shape) * 0.75 if activation == "none" else m.normal(*shape)
         labels = m.labels(2, *shape[:1], *shape[2:])
@@ -519,11 +545,10 @@ def test_no_pixels(loss, activation, shape, device):
     m = Maker(torch.float32, device)
     pixels = shape[:1] + shape[2:]
     for target in (m.labels(3, *pixels), m.normal(*shape)):
-        for reduction, options, more in itertools.product(
-            reductions_of(loss), ({}, grouped(loss)), ({}, {"pixel_weight": m.positive(*pixels)})
+        for reduction, options in itertools.product(
+            reductions_of(loss), ({}, {"pixel_weight": m.positive(*pixels), **grouped(loss)})
         ):
-            call = call_of(loss, m.normal(*shape), target, m.positive(3), reduction, activation=activation)
-            call = on_pixels(**call.tensors, **call.options, **options, **more)
+            call = call_of(loss, m.normal(*shape), target, m.positive(3), reduction, activation=activation, **options)
             value, gradients = check(loss, call, with_torch=False)
             assert value.count_nonzero() == 0
             assert all(gradient.shape == shape for gradient in gradients.values())
@@ -587,7 +612,7 @@ NO_WEIGHT = {
 @each_activation
 @pytest.mark.parametrize("weight", NO_WEIGHT.values(), ids=NO_WEIGHT.keys())
 def test_classes_of_weight_0(loss, activation, weight, device):
-    for dtype, reduction in itertools.product(DTYPES, reductions_of(loss)):
+    for dtype, reduction in itertools.product(TWO_DTYPES, reductions_of(loss)):
         m = Maker(dtype, device)
         input, labels = numbers(m, activation, 2, 4, 5, 7), m.labels(2, 2, 5, 7)
         weight_of = torch.tensor(weight, dtype=dtype, device=device)
@@ -598,6 +623,18 @@ def test_classes_of_weight_0(loss, activation, weight, device):
             if not any(weight) and (reduction != "none" or loss is BRIER_LOSS):
                 assert value.count_nonzero() == 0
                 assert gradients["input"].count_nonzero() == 0
+
+
+@each_overlap
+def test_an_image_whose_classes_weigh_nothing_is_part_of_the_mean(loss, device):
+    """A class counts there, so the image does, with a loss of 0."""
+    m = Maker(torch.float32, device)
+    input, labels, weight = m.normal(3, 4, 40), m.labels(4, 3, 40), m.positive(4)
+    labels[1], weight[3] = 3, 0.0
+    options = {"per_image": True, **loss.required}
+    of_others = loss.function(input[[0, 2]], labels[[0, 2]], weight, **options)
+    torch.testing.assert_close(loss.function(input, labels, weight, **options), of_others * 2 / 3)
+    check(loss, on_pixels(input, labels, weight, **options), with_torch=False)
 
 
 def test_no_label_has_a_weight(device):
@@ -620,7 +657,7 @@ def test_a_perfect_prediction(loss, dtype, gamma, device):
     """The power has an infinite derivative at 0, which must not meet the 0 of a probability that is exactly 0 or 1."""
     labels = Maker(dtype, device).labels(3, 2, 5, 7)
     one_hot = torch.nn.functional.one_hot(labels, 3).movedim(-1, 1).to(dtype)
-    for reduction, intersection, log in itertools.product(loss.reductions, ("min", "product"), (False, True)):
+    for reduction, intersection, log in itertools.product(("none", "mean"), ("min", "product"), (False, True)):
         options = {"intersection": intersection, "gamma": gamma, "log": log, "reduction": reduction}
         for activation, input in (("softmax", 1e4 * one_hot), ("sigmoid", 2e4 * one_hot - 1e4), ("none", one_hot)):
             call = call_of(loss, input, labels, activation=activation, **options)

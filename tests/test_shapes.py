@@ -6,7 +6,18 @@ import torch
 import fusedloss
 
 from .compare import check
-from .registry import CROSS_ENTROPY, MSE_LOSS, Maker, difference, each_reduction, indices, probabilities
+from .registry import (
+    CROSS_ENTROPY,
+    MSE_LOSS,
+    OVERLAP_STATISTICS,
+    SEGMENTATION_LOSS,
+    Maker,
+    difference,
+    each_reduction,
+    indices,
+    on_pixels,
+    probabilities,
+)
 
 # Every count below two blocks of the widest kernels, then around powers of two: lanes, blocks, tiles, chunks.
 PIXELS = (*range(1, 71), 127, 128, 129, 255, 256, 257, 511, 513, 1023, 1024, 1025)
@@ -213,3 +224,44 @@ def test_all_pixels_ignored(reduction, smoothing, device):
     their_value = call.run(CROSS_ENTROPY.torch)
     assert torch.equal(value.isnan(), their_value.isnan())
     assert gradients["input"].count_nonzero() == 0
+
+
+# ---- losses on probabilities -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["planes", "rows", "channels_last"])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
+@each_dtype(torch.float64, torch.float32, torch.bfloat16)
+def test_pixel_counts_of_all_terms(dtype, activation, layout, device):
+    for pixels in PIXELS:
+        m = Maker(dtype, device, seed=pixels)
+        input = logits(m, layout, 2, 3, pixels)
+        input = input.sigmoid() if activation == "none" else input
+        shape = pixels_of(input)
+        options = {"activation": activation, "brier": 0.5, "cross_entropy": 0.0 if activation == "none" else 1.0}
+        hard = on_pixels(input, m.labels(3, *shape, ignored=-100), pixel_weight=m.positive(*shape), **options)
+        check(SEGMENTATION_LOSS, hard, with_torch=False, what=f"{pixels} pixels")
+        soft = on_pixels(input, m.probabilities(*input.shape), per_image=True, **options)
+        check(SEGMENTATION_LOSS, soft, with_torch=False, what=f"{pixels} pixels, soft labels")
+
+
+@pytest.mark.parametrize("layout", ["planes", "rows", "channels_last"])
+@pytest.mark.parametrize("classes", [*CLASSES[1:], 193, 5000])
+@each_dtype(torch.float64, torch.float32, torch.float16)
+def test_class_counts_of_all_terms(dtype, classes, layout, device):
+    for pixels in FEW_PIXELS if classes < 1000 else (1, 5, 33):
+        m = Maker(dtype, device, seed=pixels)
+        input = logits(m, layout, 2, classes, pixels)
+        call = on_pixels(input, m.labels(classes, *pixels_of(input)), m.positive(classes), brier=0.5, absent="count")
+        check(SEGMENTATION_LOSS, call, with_torch=False, what=f"{pixels} pixels")
+
+
+@pytest.mark.parametrize("classes", [2, 21, 150])
+def test_overlap_of_images_of_many_chunks(classes, threads, device):
+    """More chunks than one, so tables are added up; per image and over the batch."""
+    threads(2)
+    m = Maker(torch.float32, device)
+    side = 300 if classes < 100 else 120
+    input, labels = m.normal(2, classes, side, side), m.labels(classes, 2, side, side)
+    for per_image in (False, True):
+        check(OVERLAP_STATISTICS, on_pixels(input, labels, per_image=per_image), with_torch=False)

@@ -1,0 +1,249 @@
+// A block of pixels on its way through the segmentation kernels: where it lies, its labels and weights, and the memory
+// of its tiles.
+#pragma once
+
+#include <type_traits>
+
+#include "kernels/cpu/convert.h"
+#include "kernels/cpu/segmentation_tile.h"
+#include "kernels/cpu/transpose.h"
+
+namespace fusedloss::cpu::FUSEDLOSS_LEVEL {
+namespace {
+
+template <class P>
+using Pointee = std::remove_pointer_t<P>;
+
+template <bool kValue>
+using Bool = std::bool_constant<kValue>;
+
+int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The caller's scratch memory
+
+// Pixels of a block: whole vectors, few enough that a tile of all classes stays in the L2 cache.
+template <class A>
+int block_width(int64_t classes) {
+  const int64_t fit = (int64_t{128} << 10) / (classes * static_cast<int64_t>(sizeof(A)));
+  if (fit >= kBlock<A>) return kBlock<A>;
+  return fit > kLanes<A> ? static_cast<int>(fit / kLanes<A> * kLanes<A>) : kLanes<A>;
+}
+
+// Labels come into the kernels of soft labels as a tile; no activation needs one too, because only the minimum itself
+// is right for numbers that are not in [0, 1].
+bool has_label_tile(const SegmentationParams& params) {
+  return params.soft_labels || params.activation == Activation::kNone;
+}
+
+template <class A>
+struct Workspace {
+  int64_t stride;  // of the tiles, from class to class: one vector more than a block
+  A* tile;         // (C or lanes, stride)
+  A* labels;       // (C or lanes, stride), where has_label_tile; also the rows on their way to a streamed gradient
+  OverlapSums<A> sums;
+  double* of_labels;  // (4, C, 2): I and T of class indices, in four parts so that no sum waits for the one before
+
+  static int64_t tile_bytes(int64_t classes) {
+    const int64_t rows = classes > kLanes<A> ? classes : kLanes<A>;  // tile_to_rows reads so many
+    return rows * (block_width<A>(classes) + kLanes<A>)*static_cast<int64_t>(sizeof(A));
+  }
+  static int64_t sums_bytes(int64_t classes) { return classes * kVectorBytes; }
+  static int64_t bytes(int64_t classes) {
+    return 2 * tile_bytes(classes) + 3 * sums_bytes(classes) + 8 * round_up(classes, 8) * int64_t{8};
+  }
+
+  Workspace(void* scratch, int64_t classes) {
+    stride = block_width<A>(classes) + kLanes<A>;
+    char* at = static_cast<char*>(scratch);
+    const auto take = [&](int64_t bytes) {
+      char* taken = at;
+      at += bytes;
+      return taken;
+    };
+    tile = reinterpret_cast<A*>(take(tile_bytes(classes)));
+    labels = reinterpret_cast<A*>(take(tile_bytes(classes)));
+    sums.intersection = reinterpret_cast<A*>(take(sums_bytes(classes)));
+    sums.predicted = reinterpret_cast<A*>(take(sums_bytes(classes)));
+    sums.labelled = reinterpret_cast<A*>(take(sums_bytes(classes)));
+    of_labels = reinterpret_cast<double*>(at);
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Chunks and blocks
+
+struct SegmentationChunk {
+  int64_t sample;
+  int64_t group;
+  int64_t first;
+  int64_t count;
+
+  SegmentationChunk(const SegmentationParams& params, int64_t index) {
+    const int64_t size = segmentation_chunk_pixels(params.classes, params.samples, params.pixels);
+    const int64_t per_sample = segmentation_chunks_per_sample(params.classes, params.samples, params.pixels);
+    sample = index / per_sample;
+    group = params.groups > 1 ? sample : 0;
+    first = index % per_sample * size;
+    count = params.pixels - first < size ? params.pixels - first : size;
+  }
+};
+
+int64_t offset_of(const LogitLayout& layout, int64_t sample, int64_t pixel) {
+  return sample * layout.sample_stride + pixel * layout.pixel_stride;
+}
+
+template <class A>
+Classes<A> classes_of(const SegmentationParams& params) {
+  const A smoothing = static_cast<A>(params.label_smoothing);
+  return {static_cast<int>(params.classes),
+          static_cast<const A*>(params.weight),
+          {static_cast<A>(1.0 - params.label_smoothing), smoothing / static_cast<A>(params.classes)}};
+}
+
+// Some pixels of one sample.
+template <class T>
+struct SegmentationBlock {
+  using A = ComputeType<T>;
+
+  const SegmentationParams& params;
+  const Classes<A>& classes;
+  const Workspace<A>& work;
+  const int64_t sample;
+  const int64_t pixel;
+  const int64_t flat;  // position of the first pixel in (N, S)
+  const int count;
+  const int padded;  // up to the end of the last vector
+  const T* const z;
+  int64_t bad_label = -1;
+  SegmentationPixels<A> pixels;
+
+  SegmentationBlock(const SegmentationParams& params, const Classes<A>& classes, const Workspace<A>& work,
+                    const SegmentationChunk& chunk, int64_t done)
+      : params(params),
+        classes(classes),
+        work(work),
+        sample(chunk.sample),
+        pixel(chunk.first + done),
+        flat(chunk.sample * params.pixels + pixel),
+        count(block_count(classes.count, chunk.count - done)),
+        padded(static_cast<int>(round_up(count, kLanes<A>))),
+        z(static_cast<const T*>(params.input) + offset_of(params.input_layout, sample, pixel)) {
+    read_pixels();
+    if (has_label_tile(params)) fill_labels();
+    if (transposed()) {
+      rows_to_tile(z, params.input_layout.pixel_stride, count, classes.count, work.tile, static_cast<int>(work.stride));
+      zero_tail(work.tile);
+    }
+  }
+
+  bool transposed() const { return params.input_layout.pixel_stride != 1; }
+
+  static int block_count(int64_t classes, int64_t left) {
+    const int most = block_width<A>(classes);
+    return static_cast<int>(left < most ? left : most);
+  }
+
+  // Calls f(logits, stride from class to class): where they lie, or in the tile.
+  template <class F>
+  void with_logits(F f) const {
+    if (transposed()) {
+      f(static_cast<const A*>(work.tile), work.stride);
+    } else {
+      f(z, params.input_layout.class_stride);
+    }
+  }
+
+  A logit(int i, int64_t c) const {
+    return load_one(z + i * params.input_layout.pixel_stride + c * params.input_layout.class_stride);
+  }
+
+ private:
+  // Weights and class indices.
+  void read_pixels() {
+    if (params.pixel_weight == nullptr) {
+      for (int i = 0; i < count; ++i) pixels.weight[i] = 1;
+    } else if (params.pixel_weight_dtype == DType::kBool) {
+      const uint8_t* mask = static_cast<const uint8_t*>(params.pixel_weight) + flat;
+      for (int i = 0; i < count; ++i) pixels.weight[i] = mask[i] != 0 ? A(1) : A(0);
+    } else {
+      read_numbers<A>(params.pixel_weight, params.pixel_weight_dtype, flat, 1, count, pixels.weight);
+    }
+    if (!params.soft_labels) {
+      const DType dtype = params.target_dtype == DType::kBool ? DType::kUInt8 : params.target_dtype;
+      const auto first = static_cast<math::Bits<A>>(params.first_label);
+      bad_label =
+          read_labels(params.target, dtype, flat, count, params.ignore_index, params.classes + first, pixels.label);
+      for (int i = 0; i < count; ++i) {
+        pixels.weight[i] = pixels.label[i] < 0 ? A(0) : pixels.weight[i];
+        pixels.label[i] -= first;
+      }
+    } else {
+      for (int i = 0; i < count; ++i) pixels.label[i] = -1;
+    }
+    for (int i = count; i < padded; ++i) {
+      pixels.weight[i] = 0;
+      pixels.label[i] = -1;
+    }
+    for (int i = 0; i < padded; ++i) {
+      pixels.place[i] = pixels.label[i] < 0 ? math::Bits<A>(0) : pixels.label[i];
+      pixels.label_weight[i] = pixels.label[i] < 0 ? A(0) : pixels.weight[i];
+    }
+    if (params.activation != Activation::kSoftmax) {
+      for (int i = 0; i < padded; ++i) pixels.inverse_sum[i] = 1;
+    }
+  }
+
+  void zero_tail(A* tile) const {
+    if (count == padded) return;
+    for (int64_t c = 0; c < classes.count; ++c) {
+      for (int i = count; i < padded; ++i) tile[c * work.stride + i] = 0;
+    }
+  }
+
+  // The label of each class, 0 where m is.
+  void fill_labels() {
+    A* tile = work.labels;
+    if (!params.soft_labels) {
+      for (int64_t c = 0; c < classes.count; ++c) {
+        for (int i = 0; i < padded; ++i) tile[c * work.stride + i] = pixels.label[i] == c ? A(1) : A(0);
+      }
+      return;
+    }
+    const LogitLayout& layout = params.target_layout;
+    const int64_t at = offset_of(layout, sample, pixel);
+    if (params.target_dtype == DType::kBool || params.target_dtype == DType::kUInt8) {
+      const uint8_t* y = static_cast<const uint8_t*>(params.target) + at;
+      for (int64_t c = 0; c < classes.count; ++c) {
+        for (int i = 0; i < count; ++i) {
+          const uint8_t label = y[i * layout.pixel_stride + c * layout.class_stride];
+          if (label > 1 && bad_label < 0 && params.target_dtype == DType::kUInt8) {
+            bad_label = (sample * classes.count + c) * params.pixels + pixel + i;
+          }
+          tile[c * work.stride + i] = label != 0 ? A(1) : A(0);
+        }
+      }
+    } else if (layout.pixel_stride == 1) {
+      for (int64_t c = 0; c < classes.count; ++c) {
+        read_numbers<A>(params.target, params.target_dtype, at + c * layout.class_stride, 1, count,
+                        tile + c * work.stride);
+      }
+    } else {
+      with_floating_type(params.target_dtype, [&](auto* type) {
+        using Y = Pointee<decltype(type)>;
+        if constexpr (std::is_same_v<ComputeType<Y>, A>) {
+          rows_to_tile(static_cast<const Y*>(params.target) + at, layout.pixel_stride, count, classes.count, tile,
+                       static_cast<int>(work.stride));
+        }
+      });
+    }
+    zero_tail(tile);
+    for (int i = 0; i < count; ++i) {
+      if (pixels.weight[i] != A(0)) continue;
+      for (int64_t c = 0; c < classes.count; ++c) tile[c * work.stride + i] = 0;
+    }
+  }
+};
+
+}  // namespace
+}  // namespace fusedloss::cpu::FUSEDLOSS_LEVEL
