@@ -272,6 +272,9 @@ SHARED = [
     Refused("label too large", IndexError, ("target", r"\(2,?\)", "3"), (X, torch.tensor([0, 1, 3, 0]))),
     Refused("label negative", IndexError, ("target", r"\(1,?\)", "-1"), (X, torch.tensor([0, -1, 2, 0]))),
     Refused("label of one class", IndexError, ("target", r"\(2,?\)", "2"), (X[:, :1], Y), SIGMOID),
+    Refused("int8 mask", TypeError, ("target", "int8"), (X, MASK.to(torch.int8)), SIGMOID),
+    Refused("complex mask", TypeError, ("target", "complex64"), (X, MASK + 0j), SIGMOID),
+    Refused("label without classes", IndexError, ("target", r"\(0,?\)"), (X[:, :0], Y)),
     Refused("number in a mask", IndexError, ("target", r"\(3, 1\)", "0 or 1", "2"), (X, BAD_MASK), SIGMOID),
 ]
 
@@ -318,6 +321,15 @@ GROUPS = [
 
 OVERLAP = [
     *GROUPS,
+    Refused("log is None", TypeError, ("log", "None"), (X, Y), {"log": None}),
+    Refused("per_image is a number", TypeError, ("per_image", "int"), (X, Y), {"per_image": 1}),
+    Refused("gamma is infinite", ValueError, ("gamma", "finite", "inf"), (X, Y), {"gamma": math.inf}),
+    Refused("eps is infinite", ValueError, ("eps", "finite", "inf"), (X, Y), {"eps": math.inf}),
+    Refused("smooth is infinite", ValueError, ("smooth", "finite", "inf"), (X, Y), {"smooth": math.inf}),
+    Refused("smooth is too large for a float", ValueError, ("smooth", "finite"), (X, Y), {"smooth": 10**400}),
+    Refused("smooth is a bool", TypeError, ("smooth", "bool"), (X, Y), {"smooth": True}),
+    Refused("classes is a set", TypeError, ("classes", "set"), (X, Y), {"classes": {0, 1}}),
+    Refused("classes is bools", TypeError, ("classes", "bool"), (X, Y), {"classes": (True,)}),
     Refused("absent is None", TypeError, ("absent", "None"), (X, Y), {"absent": None}),
     Refused("absent is a bool", TypeError, ("absent", "bool"), (X, Y), {"absent": True}),
     Refused("unknown absent", ValueError, ("absent", "skip", "keep"), (X, Y), {"absent": "keep"}),
@@ -355,6 +367,11 @@ TVERSKY = [
 ]
 
 SEGMENTATION = [
+    Refused(
+        "cross_entropy is NaN", ValueError, ("cross_entropy", "finite", "nan"), (X, Y), {"cross_entropy": math.nan}
+    ),
+    Refused("brier is infinite", ValueError, ("brier", "finite", "inf"), (X, Y), {"brier": math.inf}),
+    Refused("return_terms is a string", TypeError, ("return_terms", "str"), (X, Y), {"return_terms": "x"}),
     Refused("cross_entropy is a string", TypeError, ("cross_entropy", "str"), (X, Y), {"cross_entropy": "1"}),
     Refused("iou is None", TypeError, ("iou", "None"), (X, Y), {"iou": None}),
     Refused("brier is complex", TypeError, ("brier", "complex"), (X, Y), {"brier": 1j}),

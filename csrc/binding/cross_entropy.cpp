@@ -168,7 +168,7 @@ void point_to_gradient(Call& call, const char* op, const Tensor& gradient) {
 std::tuple<Tensor, Tensor> cross_entropy_forward(Tensor input, Tensor target, std::optional<Tensor> weight,
                                                  int64_t ignore_index, int64_t reduction, double label_smoothing,
                                                  bool float32_loss, int64_t keep_argument) {
-  constexpr const char* op = "_cross_entropy_forward";
+  constexpr const char* op = "cross_entropy";
   Call call(op, input, target, weight, ignore_index, reduction, label_smoothing);
   const Keep keep = keep_of(keep_argument, op);
   CrossEntropyParams& params = call.params;

@@ -137,7 +137,7 @@ struct Call {
 
 std::tuple<Tensor, Tensor> mse_loss_forward(Tensor input, Tensor target, std::optional<Tensor> weight,
                                             int64_t reduction, bool float32_loss, int64_t keep_argument) {
-  constexpr const char* op = "_mse_loss_forward";
+  constexpr const char* op = "mse_loss";
   Call call(op, input, target, weight, reduction, float32_loss);
   const Keep keep = keep_of(keep_argument, op);
   MseLossParams& params = call.params;

@@ -1,6 +1,7 @@
 // The segmentation ops on the CPU: checks, allocation, chunks, and the formula on the table of the classes.
 #include "kernels/segmentation.h"
 
+#include <cmath>
 #include <cstring>
 #include <tuple>
 
@@ -113,6 +114,10 @@ struct Call {
     require(formula.alpha >= 0.0 && formula.beta >= 0.0 && formula.smooth >= 0.0, op,
             "alpha, beta and smooth must not be negative");
     require(formula.eps > 0.0 && formula.gamma > 0.0, op, "eps and gamma must be positive");
+    for (double number : {options.cross_entropy, options.iou, options.brier, formula.alpha, formula.beta,
+                          formula.smooth, formula.eps, formula.gamma}) {
+      require(std::isfinite(number), op, "factors and options must be finite");
+    }
 
     require(input.dim() >= 2, op, "input must have at least two dimensions");
     params.input_dtype = dtype_of(input, op);
@@ -325,6 +330,13 @@ struct Call {
 // Runs the forward kernel and sums what the chunks found, in the order of their index.
 Table run_forward(Call& call) {
   SegmentationParams& params = call.params;
+  if (params.classes == 0 && !params.soft_labels) {
+    // No label is a class then, and no kernel runs that would say so.
+    for (int64_t i = 0; i < call.pixel_count(); ++i) {
+      const DType dtype = params.target_dtype == DType::kBool ? DType::kUInt8 : params.target_dtype;
+      if (integer_at(params.target, dtype, i) != params.ignore_index) throw_bad_label(call, i);
+    }
+  }
   const int64_t classes = params.classes;
   std::vector<SegmentationPartial> partials(call.chunks);
   std::vector<double> tables(params.overlap ? call.chunks * 3 * classes : 0);
@@ -476,7 +488,7 @@ std::tuple<Tensor, Tensor, Tensor> segmentation_forward(Tensor input, Tensor tar
                                                         bool per_image, int64_t absent, double smooth, double eps,
                                                         bool log, double gamma, int64_t intersection, bool keep) {
   const Options options = FUSEDLOSS_SEGMENTATION_OPTIONS;
-  return forward("_segmentation_forward", input, target, weight, pixel_weight, pos_weight, options, keep);
+  return forward("segmentation", input, target, weight, pixel_weight, pos_weight, options, keep);
 }
 
 Tensor segmentation_backward(Tensor grad, Tensor input, Tensor target, std::optional<Tensor> weight,

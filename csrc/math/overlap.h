@@ -73,9 +73,10 @@ FUSEDLOSS_HOST_DEVICE Real minimum_derivative(Real of, Real other) {
   return of == other ? half : below;
 }
 
+// NaN where one of them is.
 template <class Real>
 FUSEDLOSS_HOST_DEVICE Real minimum(Real a, Real b) {
-  return a < b ? a : b;
+  return b < a ? b : (b == b ? a : b);
 }
 
 }  // namespace fusedloss::math

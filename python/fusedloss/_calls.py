@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusedloss import _autograd
-from fusedloss._checks import ABSENT, ACTIVATIONS, HALF_DTYPES, INTERSECTIONS, REDUCTIONS
+from fusedloss._checks import ABSENT, ACTIVATIONS, HALF_DTYPES, INTERSECTIONS, LABEL_DTYPES, REDUCTIONS
 
 
 def cross_entropy(
@@ -125,7 +125,9 @@ def segmentation(
     _require_kernels(input, target, weight)
     if not all(w is None or (w.is_cpu and not w.requires_grad) for w in (weight, pixel_weight, pos_weight)):
         raise ValueError("weights on another device, or that ask for a gradient")
-    if ignore_index is True or ignore_index is False or (classes is not None and len(classes) == 0):
+    if _would_be_misread(
+        ignore_index, classes, per_image, log, (cross_entropy, iou, brier, alpha, beta, smooth, eps, gamma)
+    ):
         raise ValueError("an option that the op would misread")
     if target.is_floating_point():
         if ignore_index >= 0:
@@ -160,10 +162,25 @@ def segmentation(
     )
 
 
+def _would_be_misread(
+    ignore_index: int, classes: Sequence[int] | None, per_image: bool, log: bool, numbers: tuple[float, ...]
+) -> bool:
+    """Bools are numbers to the op, numbers are bools, and no classes are all."""
+    if type(per_image) is not bool or type(log) is not bool or type(ignore_index) is bool:
+        return True
+    if any(type(number) is bool for number in numbers):
+        return True
+    return classes is not None and (
+        not isinstance(classes, (list, tuple)) or len(classes) == 0 or any(type(c) is bool for c in classes)
+    )
+
+
 def _mask(target: Tensor, activation: str, ignore_index: int) -> Tensor:
     """A label of input's shape as the kernels read it."""
     if activation == "softmax":
         raise ValueError("softmax has one label a pixel")
+    if target.dtype not in (*LABEL_DTYPES, torch.bool):
+        raise TypeError("a mask is of bool or an integer dtype")
     if target.shape[1] == 1:
         return target.squeeze(1)  # class indices 0 and 1, so a value may say that a pixel is ignored
     if ignore_index >= 0:
@@ -173,10 +190,10 @@ def _mask(target: Tensor, activation: str, ignore_index: int) -> Tensor:
     return torch.where((target == 0) | (target == 1), target, 2).to(torch.uint8)  # 2 is refused by the kernel
 
 
-def bad_mask_value(target: Tensor) -> tuple[tuple[int, ...], int] | None:
-    """Position and value of the first number in a mask that is neither 0 nor 1."""
-    bad = ((target != 0) & (target != 1)).nonzero()
-    if len(bad) == 0:
-        return None
-    position = tuple(int(i) for i in bad[0])
+def bad_mask_value(target: Tensor, ignore_index: int) -> tuple[tuple[int, ...], int]:
+    """Position and value of the first number in a mask that is neither 0 nor 1 nor, of one class, ignored."""
+    bad = (target != 0) & (target != 1)
+    if target.shape[1] == 1:
+        bad &= target != ignore_index
+    position = tuple(int(i) for i in bad.nonzero()[0])
     return position, int(target[position])

@@ -6,7 +6,7 @@ Nothing here runs for a call that is right, except under torch.compile, where an
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
 from typing import Any
 
 import torch
@@ -30,9 +30,12 @@ def _tensor(name: str, argument: str, value: Any, like: Tensor | None = None) ->
             f"{name}: `{argument}` must be a dense tensor (use .to_dense() or .to_padded_tensor()), got {kind}"
         )
     if value.device.type != "cpu":
+        other = (
+            f"torch.nn.functional.{name}" if name in ("cross_entropy", "mse_loss") else f"fusedloss.reference.{name}"
+        )
         raise ValueError(
             f"{name}: `{argument}` must be on the CPU, the only device that this build has kernels for, "
-            f"got {value.device} (torch.nn.functional.{name} takes it)"
+            f"got {value.device} ({other} takes it)"
         )
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: `{argument}` must be on input's device, {like.device}, got {value.device}")
@@ -149,15 +152,15 @@ def check_segmentation(name: str, input: Any, target: Any, weight: Any, options:
         ("cross_entropy", -math.inf, "finite"),
         ("iou", -math.inf, "finite"),
         ("brier", -math.inf, "finite"),
-        ("alpha", 0.0, "0 or more"),
-        ("beta", 0.0, "0 or more"),
-        ("smooth", 0.0, "0 or more"),
+        ("alpha", 0.0, "finite and 0 or more"),
+        ("beta", 0.0, "finite and 0 or more"),
+        ("smooth", 0.0, "finite and 0 or more"),
     ):
         if argument in options:
             _number(name, argument, options[argument], least, wanted)
     for argument in ("eps", "gamma"):
         if argument in options:
-            _number(name, argument, options[argument], 5e-324, "more than 0")
+            _number(name, argument, options[argument], 5e-324, "finite and more than 0")
     smoothing = options.get("label_smoothing", 0.0)
     _number(name, "label_smoothing", smoothing, 0.0, "in [0, 1]")
     if smoothing > 1.0:
@@ -249,8 +252,8 @@ def _weights(
 
 
 def _classes(name: str, chosen: Any, classes: int) -> None:
-    if isinstance(chosen, (str, bytes)) or not isinstance(chosen, Sequence):
-        raise TypeError(f"{name}: `classes` must be a sequence of class indices, got {type(chosen).__name__}")
+    if not isinstance(chosen, (list, tuple)):
+        raise TypeError(f"{name}: `classes` must be a sequence (list or tuple) of class indices, got {type(chosen).__name__}")
     for c in chosen:
         _integer(name, "classes", c)
         if not 0 <= c < classes:
@@ -277,5 +280,6 @@ def _integer(name: str, argument: str, value: Any) -> None:
 def _number(name: str, argument: str, value: Any, least: float, wanted: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
         raise TypeError(f"{name}: `{argument}` must be a number, got {type(value).__name__}")
-    if not least <= value < math.inf or value == -math.inf:
-        raise ValueError(f"{name}: `{argument}` must be {wanted}, got {value}")
+    if not least <= value <= sys.float_info.max or value < -sys.float_info.max:
+        text = "an int of more than 1024 bits" if isinstance(value, int) and value.bit_length() > 1024 else value
+        raise ValueError(f"{name}: `{argument}` must be {wanted}, got {text}")

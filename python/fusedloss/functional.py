@@ -215,7 +215,7 @@ def soft_iou_loss(
         ignore_index: a class index that adds exactly nothing to value and gradient, whatever the logits there hold. It
             is compared after widening (-100 never equals a uint8 label) and may lie inside [0, C). With a label for
             each class it has to be negative: use ``pixel_weight``.
-        classes: the classes to count, different ones in [0, C), in the order of the result of "none"; None for all.
+        classes: list or tuple of the classes to count, in the order of the result of "none"; None for all.
         per_image: each image is a group of its own, instead of the whole batch being one.
         absent: a class that no pixel of its group is labelled with (T = 0) does not count ("skip"), counts by the
             formula ("count"), or counts with loss 0 ("zero"). In a group whose pixels are all ignored no class counts.
@@ -619,16 +619,22 @@ def _segmentation(
         _checks.check_segmentation(name, input, target, weight, options)
     passed = {key: value for key, value in options.items() if key not in ("reduction", "return_terms")}
     try:
+        if type(options.get("return_terms", False)) is not bool:
+            raise TypeError("return_terms is a bool")
         if name == "overlap_statistics":
             output = _ops.STATISTICS
         else:
             output = _checks.REDUCTIONS[options.get("reduction", "mean")]
         return _calls.segmentation(input, target, weight, output=output, **passed)
     except IndexError as error:
-        bad = _calls.bad_mask_value(target) if target.shape == input.shape and not target.is_floating_point() else None
-        if bad is not None and input.shape[1] > 1:
-            raise IndexError(f"{name}: `target` at {bad[0]} must be 0 or 1 in a mask, got {bad[1]}") from None
+        if target.shape == input.shape:
+            ignore_index = options["ignore_index"]
+            position, value = _calls.bad_mask_value(target, ignore_index)
+            wanted = f"0, 1 or ignore_index ({ignore_index})" if input.shape[1] == 1 else "0 or 1"
+            raise IndexError(f"{name}: target at {position} must be {wanted} in a mask, got {value}") from None
         raise IndexError(str(error).replace("segmentation:", f"{name}:", 1)) from None
-    except Exception:
+    except Exception as error:
         _checks.check_segmentation(name, input, target, weight, options)
+        if isinstance(error, ValueError) and str(error).startswith("segmentation:"):
+            raise ValueError(str(error).replace("segmentation:", f"{name}:", 1)) from None
         raise

@@ -473,8 +473,9 @@ void label_backward_chunk(const SegmentationParams& params, const Classes<Comput
         }
       }
       const A share = product ? p : math::minimum_derivative<A>(y, p);
-      return m * (gradients.d_intersection[c] * share + gradients.d_labelled[c] +
-                  math::squared_error_gradient<A>(A(2) * squared_error_scale[i] * w, y, p) + of_cross_entropy);
+      const A scale = A(2) * squared_error_scale[i] * w;
+      const A square = scale == A(0) ? A(0) : math::squared_error_gradient<A>(scale, y, p);
+      return m * (gradients.d_intersection[c] * share + gradients.d_labelled[c] + square + of_cross_entropy);
     };
     with_floating_type(params.target_dtype, [&](auto* type) {
       using Y = Pointee<decltype(type)>;

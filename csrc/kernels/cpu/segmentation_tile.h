@@ -174,7 +174,9 @@ FUSEDLOSS_HOST_DEVICE Vector<A> probability_gradient(Vector<A> p, Vector<A> y, V
                                                      A d_intersection, A d_predicted) {
   using V = Vector<A>;
   const V share = kProduct ? y : math::minimum_derivative<V>(p, y);
-  return d_predicted + d_intersection * share + math::squared_error_gradient<V>(squared_error_scale * weight, p, y);
+  // Without that term nothing, also where p is infinite.
+  const V square = math::squared_error_gradient<V>(squared_error_scale * weight, p, y);
+  return d_predicted + d_intersection * share + (squared_error_scale == A(0) ? V{} : square);
 }
 
 // Softmax, first visit: fills the tile with probabilities and sums over the classes what their gradient needs.
