@@ -253,7 +253,8 @@ def _weights(
 
 def _classes(name: str, chosen: Any, classes: int) -> None:
     if not isinstance(chosen, (list, tuple)):
-        raise TypeError(f"{name}: `classes` must be a sequence (list or tuple) of class indices, got {type(chosen).__name__}")
+        kind = type(chosen).__name__
+        raise TypeError(f"{name}: `classes` must be a sequence (list or tuple) of class indices, got {kind}")
     for c in chosen:
         _integer(name, "classes", c)
         if not 0 <= c < classes:
