@@ -171,7 +171,10 @@ def _would_be_misread(
     if any(type(number) is bool for number in numbers):
         return True
     return classes is not None and (
-        not isinstance(classes, (list, tuple)) or len(classes) == 0 or any(type(c) is bool for c in classes)
+        not isinstance(classes, Sequence)
+        or isinstance(classes, (str, bytes))
+        or len(classes) == 0
+        or any(type(c) is bool for c in classes)
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -252,9 +253,8 @@ def _weights(
 
 
 def _classes(name: str, chosen: Any, classes: int) -> None:
-    if not isinstance(chosen, (list, tuple)):
-        kind = type(chosen).__name__
-        raise TypeError(f"{name}: `classes` must be a sequence (list or tuple) of class indices, got {kind}")
+    if not isinstance(chosen, Sequence) or isinstance(chosen, (str, bytes)):
+        raise TypeError(f"{name}: `classes` must be a sequence of class indices, got {type(chosen).__name__}")
     for c in chosen:
         _integer(name, "classes", c)
         if not 0 <= c < classes:

@@ -215,7 +215,7 @@ def soft_iou_loss(
         ignore_index: a class index that adds exactly nothing to value and gradient, whatever the logits there hold. It
             is compared after widening (-100 never equals a uint8 label) and may lie inside [0, C). With a label for
             each class it has to be negative: use ``pixel_weight``.
-        classes: list or tuple of the classes to count, in the order of the result of "none"; None for all.
+        classes: the different classes to count, in the order of the result of "none"; None for all.
         per_image: each image is a group of its own, instead of the whole batch being one.
         absent: a class that no pixel of its group is labelled with (T = 0) does not count ("skip"), counts by the
             formula ("count"), or counts with loss 0 ("zero"). In a group whose pixels are all ignored no class counts.
