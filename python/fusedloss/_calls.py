@@ -136,7 +136,7 @@ def segmentation(
             input, target = input.to(torch.float64), target.to(torch.float64)
     elif target.shape == input.shape:
         target = _mask(target, activation, ignore_index)
-    return _autograd.apply(  # type: ignore[no-any-return]
+    result: tuple[Tensor, Tensor] = _autograd.apply(
         _autograd.SEGMENTATION,
         (input, target, weight, pixel_weight, pos_weight),
         (
@@ -160,6 +160,7 @@ def segmentation(
         ),
         False,
     )
+    return result
 
 
 def _would_be_misread(

@@ -105,7 +105,42 @@ class _SegmentationModule(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._option_names)
 
 
-class SoftIoULoss(_SegmentationModule):
+class _OverlapModule(_SegmentationModule):
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        activation: str = "softmax",
+        ignore_index: int = -100,
+        classes: Sequence[int] | None = None,
+        per_image: bool = False,
+        absent: str = "skip",
+        smooth: float = 0.0,
+        eps: float = 1e-7,
+        log: bool = False,
+        gamma: float = 1.0,
+        intersection: str = "min",
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(
+            weight=weight,
+            activation=activation,
+            ignore_index=ignore_index,
+            classes=classes,
+            per_image=per_image,
+            absent=absent,
+            smooth=smooth,
+            eps=eps,
+            log=log,
+            gamma=gamma,
+            intersection=intersection,
+            reduction=reduction,
+        )
+
+
+class SoftIoULoss(_OverlapModule):
     """:func:`fusedloss.soft_iou_loss` as a module; ``forward(input, target, pixel_weight=None)``.
 
     >>> SoftIoULoss(ignore_index=255, per_image=True)  # doctest: +ELLIPSIS
@@ -113,76 +148,12 @@ class SoftIoULoss(_SegmentationModule):
     """
 
     _function = staticmethod(functional.soft_iou_loss)
-    weight: Tensor | None
-
-    def __init__(
-        self,
-        weight: Tensor | None = None,
-        *,
-        activation: str = "softmax",
-        ignore_index: int = -100,
-        classes: Sequence[int] | None = None,
-        per_image: bool = False,
-        absent: str = "skip",
-        smooth: float = 0.0,
-        eps: float = 1e-7,
-        log: bool = False,
-        gamma: float = 1.0,
-        intersection: str = "min",
-        reduction: str = "mean",
-    ) -> None:
-        super().__init__(
-            weight=weight,
-            activation=activation,
-            ignore_index=ignore_index,
-            classes=classes,
-            per_image=per_image,
-            absent=absent,
-            smooth=smooth,
-            eps=eps,
-            log=log,
-            gamma=gamma,
-            intersection=intersection,
-            reduction=reduction,
-        )
 
 
-class DiceLoss(_SegmentationModule):
+class DiceLoss(_OverlapModule):
     """:func:`fusedloss.dice_loss` as a module; ``forward(input, target, pixel_weight=None)``."""
 
     _function = staticmethod(functional.dice_loss)
-    weight: Tensor | None
-
-    def __init__(
-        self,
-        weight: Tensor | None = None,
-        *,
-        activation: str = "softmax",
-        ignore_index: int = -100,
-        classes: Sequence[int] | None = None,
-        per_image: bool = False,
-        absent: str = "skip",
-        smooth: float = 0.0,
-        eps: float = 1e-7,
-        log: bool = False,
-        gamma: float = 1.0,
-        intersection: str = "min",
-        reduction: str = "mean",
-    ) -> None:
-        super().__init__(
-            weight=weight,
-            activation=activation,
-            ignore_index=ignore_index,
-            classes=classes,
-            per_image=per_image,
-            absent=absent,
-            smooth=smooth,
-            eps=eps,
-            log=log,
-            gamma=gamma,
-            intersection=intersection,
-            reduction=reduction,
-        )
 
 
 class TverskyLoss(_SegmentationModule):

@@ -601,8 +601,10 @@ def _statistics(view: _View, per_image: bool, intersection: str) -> tuple[Tensor
         raise ValueError(f"`intersection` must be 'min' or 'product', got {intersection!r}")
     # At p = y, torch.minimum gives half of the gradient to each.
     both = torch.minimum(p, y) if intersection == "min" else p * y
-    sums = tuple((m * values).sum(dim=2) for values in (both, p, y))
-    return sums if per_image else tuple(values.sum(dim=0, keepdim=True) for values in sums)  # type: ignore[return-value]
+    i, t, predicted = ((m * values).sum(dim=2) for values in (both, y, p))
+    if not per_image:
+        i, t, predicted = (values.sum(dim=0, keepdim=True) for values in (i, t, predicted))
+    return i, predicted, t
 
 
 def _overlap(
