@@ -62,6 +62,9 @@ def main() -> int:
             f"[yellow]other programs are running (load average {load}): the times will be too long and unsteady"
         )
     header = machine.describe(arguments.threads) | {"rounds": arguments.repeats}
+    output = arguments.output
+    if output is None and not arguments.quick:
+        output = results.free_path(machine.file_stem(arguments.threads, arguments.level))
     rows: list[Row] = []
     progress, task = progress_bar(console, total=len(arguments.workloads) * (arguments.repeats + 1))
     try:
@@ -71,17 +74,15 @@ def main() -> int:
                 rows += run(
                     workload, providers, arguments.passes, arguments.repeats, advance=lambda: progress.advance(task)
                 )
+                if output is not None:  # after every workload: whatever ends a long run, what was finished is kept
+                    results.write(output, header, rows)
     except KeyboardInterrupt:
         console.print("interrupted; what was finished:")
     if not rows:
         return 1
 
     show(console, rows, arguments.check)
-    output = arguments.output
-    if output is None and not arguments.quick:
-        output = results.free_path(machine.file_stem(arguments.threads, arguments.level))
     if output is not None:
-        results.write(output, header, rows)
         console.print(f"written: {os.path.relpath(output)} and {output.with_suffix('.json').name}", soft_wrap=True)
     if arguments.plot:
         draw(console, rows, header, arguments.plot)

@@ -27,6 +27,7 @@ class Provider:
     name: str
     about: str
     load: Callable[[], Mapping[str, Builder]]  # an ImportError means that the library is not installed
+    is_peer: bool = False  # another library: its precision is its own affair, see truth.SAME_LOSS
 
 
 def load_fusedloss() -> Mapping[str, Builder]:
@@ -99,10 +100,10 @@ def load_monai() -> Mapping[str, Builder]:
     # No smoothing, and sums over the batch: the same loss as the others compute.
     options = {"jaccard": True, "batch": True, "smooth_nr": 0.0, "smooth_dr": 1e-7}
 
-    def soft_iou(case: Case) -> LossOfInput | None:
-        # Of soft labels it takes a float32 norm over all pixels, which is off by 2e-4 here: not right by our measure.
+    def soft_iou(case: Case) -> LossOfInput:
         if case.target.shape == case.input.shape:
-            return None
+            loss = monai.losses.DiceLoss(sigmoid=True, soft_label=True, **options)
+            return lambda input: loss(input, case.target)
         loss = monai.losses.DiceLoss(softmax=True, to_onehot_y=True, **options, **case.options)
         return lambda input: loss(input, case.target.unsqueeze(1))
 
@@ -131,7 +132,7 @@ PROVIDERS = {
         Provider(
             COMPILE, "torch.compile of the same, default options", lambda: dict.fromkeys(TORCH_LOSSES, build_compiled)
         ),
-        Provider(SMP, "segmentation_models_pytorch", load_smp),
-        Provider(MONAI, "MONAI", load_monai),
+        Provider(SMP, "segmentation_models_pytorch", load_smp, is_peer=True),
+        Provider(MONAI, "MONAI", load_monai, is_peer=True),
     )
 }

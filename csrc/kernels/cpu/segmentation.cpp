@@ -49,7 +49,7 @@ void fill_softmax(SegmentationBlock<T>& block, ComputeType<T>* cross_entropy, Co
                                                         : Labels::kIndex;
   block.with_logits([&](const auto* z, int64_t z_stride) {
     const auto run = [&](auto kind) {
-      forward_tile<kind(), true>(classes, z, z_stride, block.work.labels, stride, block.count, sums, tile, stride);
+      forward_tile<kind(), true>(classes, z, z_stride, block.y, block.y_stride, block.count, sums, tile, stride);
     };
     switch (labels) {
       case Labels::kIndex:
@@ -111,7 +111,7 @@ void fill(SegmentationBlock<T>& block, ComputeType<T>* cross_entropy, ComputeTyp
   block.with_logits([&](const auto* z, int64_t z_stride) {
     const auto run = [&](auto sigmoid, auto soft, auto with_cross_entropy) {
       fill_each<sigmoid(), soft(), with_cross_entropy()>(
-          block.classes, z, z_stride, static_cast<const A*>(params.pos_weight), block.work.labels, block.count,
+          block.classes, z, z_stride, static_cast<const A*>(params.pos_weight), block.y, block.y_stride, block.count,
           block.pixels, block.work.tile, block.work.stride, cross_entropy);
     };
     if (params.activation == Activation::kNone) {
@@ -137,9 +137,9 @@ void collect_block(SegmentationBlock<T>& block, ComputeType<T>* squared_error) {
   const Workspace<A>& work = block.work;
   const bool soft = has_label_tile(params);
   const auto run = [&](auto is_soft, auto product, auto squared, auto overlap) {
-    collect<A, is_soft(), product(), squared(), overlap()>(block.classes.count, work.tile, work.labels, work.stride,
-                                                           block.count, block.classes.weight, block.pixels, work.sums,
-                                                           squared_error);
+    collect<A, is_soft(), product(), squared(), overlap()>(block.classes.count, work.tile, work.stride, block.y,
+                                                           block.y_stride, block.count, block.classes.weight,
+                                                           block.pixels, work.sums, squared_error);
   };
   const auto with_terms = [&](auto is_soft, auto product) {
     if (params.squared_error && params.overlap) {
@@ -220,10 +220,10 @@ SegmentationPartial forward_chunk(const SegmentationParams& params, const Classe
   const bool by_label = params.cross_entropy && params.activation == Activation::kSoftmax && !params.soft_labels;
   const int64_t flushed_every = cross_entropy_chunk_pixels(params.classes);
   int64_t since_flush = 0;
+  SegmentationPixels<A> pixels;
   V sum_cross_entropy = {}, sum_label_weight = {}, sum_squared_error = {}, sum_weight = {};
   for (int64_t done = 0; done < chunk.count;) {
-    SegmentationBlock<T> block(params, classes, work, chunk, done);
-    const SegmentationPixels<A>& pixels = block.pixels;
+    SegmentationBlock<T> block(params, classes, work, chunk, done, pixels);
     if (partial.bad_label < 0) partial.bad_label = block.bad_label;
     alignas(64) A cross_entropy[kBlock<A>], class_weight[kBlock<A>], squared_error[kBlock<A>];
     fill(block, cross_entropy, class_weight);
@@ -338,8 +338,8 @@ void backward_softmax(SegmentationBlock<T>& block, const ClassGradients<ComputeT
   alignas(64) A dot[kBlock<A>], square[kBlock<A>];
   with_kind([&](auto soft, auto is_product, auto is_full) {
     block.with_logits([&](const auto* z, int64_t z_stride) {
-      probabilities<soft(), is_product(), is_full()>(classes, z, z_stride, work.labels, block.count, pixels, gradients,
-                                                     work.tile, work.stride, dot, square);
+      probabilities<soft(), is_product(), is_full()>(classes, z, z_stride, block.y, block.y_stride, block.count, pixels,
+                                                     gradients, work.tile, work.stride, dot, square);
     });
   });
 
@@ -369,8 +369,9 @@ void backward_softmax(SegmentationBlock<T>& block, const ClassGradients<ComputeT
   }
   write_block(block, stream, [&](auto streamed, auto* gradient, int64_t gradient_stride) {
     with_kind([&](auto soft, auto is_product, auto is_full) {
-      softmax_gradient<soft(), is_product(), is_full(), streamed()>(
-          classes, work.tile, work.labels, work.stride, block.count, pixels, gradients, gradient, gradient_stride);
+      softmax_gradient<soft(), is_product(), is_full(), streamed()>(classes, work.tile, work.stride, block.y,
+                                                                    block.y_stride, block.count, pixels, gradients,
+                                                                    gradient, gradient_stride);
     });
   });
 }
@@ -379,17 +380,22 @@ template <class T>
 void backward_each(SegmentationBlock<T>& block, const ClassGradients<ComputeType<T>>& gradients, bool stream) {
   using A = ComputeType<T>;
   const SegmentationParams& params = block.params;
-  const Workspace<A>& work = block.work;
   const A g =
       static_cast<A>(params.cross_entropy ? params.cross_entropy_scale / static_cast<double>(params.classes) : 0.0);
-  for (int i = 0; i < block.padded; ++i) block.pixels.smoothed[i] = g;
+  const bool full = params.squared_error || params.cross_entropy;
+  if (full) {
+    for (int i = 0; i < block.padded; ++i) block.pixels.smoothed[i] = g;
+  }
   const bool product = params.intersection == Intersection::kProduct;
   block.with_logits([&](const auto* z, int64_t z_stride) {
     write_block(block, stream, [&](auto streamed, auto* gradient, int64_t gradient_stride) {
       const auto run = [&](auto sigmoid, auto soft, auto is_product) {
-        gradient_of_each<sigmoid(), soft(), is_product(), streamed()>(
-            block.classes, z, z_stride, static_cast<const A*>(params.pos_weight), work.labels, work.stride, block.count,
-            block.pixels, gradients, gradient, gradient_stride);
+        const auto with_terms = [&](auto full) {
+          gradient_of_each<sigmoid(), soft(), is_product(), full(), streamed()>(
+              block.classes, z, z_stride, static_cast<const A*>(params.pos_weight), block.y, block.y_stride,
+              block.count, block.pixels, gradients, gradient, gradient_stride);
+        };
+        full ? with_terms(Bool<true>{}) : with_terms(Bool<false>{});
       };
       if (params.activation == Activation::kNone) {
         product ? run(Bool<false>{}, Bool<true>{}, Bool<true>{}) : run(Bool<false>{}, Bool<true>{}, Bool<false>{});
@@ -421,11 +427,15 @@ void backward_chunk(const SegmentationParams& params, const Classes<ComputeType<
                     const SegmentationChunk& chunk, const Workspace<ComputeType<T>>& work, bool stream) {
   using A = ComputeType<T>;
   const ClassGradients<A> gradients = gradients_of<A>(params, chunk);
+  SegmentationPixels<A> pixels;
   for (int64_t done = 0; done < chunk.count;) {
-    SegmentationBlock<T> block(params, classes, work, chunk, done);
-    A* scale = block.pixels.squared_error_scale;
-    read_squared_error_scale<A>(params, block.flat, block.count, block.padded, scale);
-    for (int i = 0; i < block.padded; ++i) scale[i] *= A(2);
+    SegmentationBlock<T> block(params, classes, work, chunk, done, pixels);
+    if (params.gradient_of_squared_error != nullptr || pixels.scales_filled != block.count) {
+      A* scale = pixels.squared_error_scale;
+      read_squared_error_scale<A>(params, block.flat, block.count, block.padded, scale);
+      for (int i = 0; i < block.padded; ++i) scale[i] *= A(2);
+      pixels.scales_filled = block.count;
+    }
     if (params.activation == Activation::kSoftmax) {
       backward_softmax(block, gradients, stream);
     } else {
@@ -444,8 +454,9 @@ void label_backward_chunk(const SegmentationParams& params, const Classes<Comput
   const ClassGradients<A> gradients = gradients_of<A>(params, chunk);
   const A g = static_cast<A>(params.cross_entropy ? params.cross_entropy_scale : 0.0);
   const bool product = params.intersection == Intersection::kProduct;
+  SegmentationPixels<A> pixels;
   for (int64_t done = 0; done < chunk.count;) {
-    SegmentationBlock<T> block(params, classes, work, chunk, done);
+    SegmentationBlock<T> block(params, classes, work, chunk, done, pixels);
     alignas(64) A squared_error_scale[kBlock<A>];
     read_squared_error_scale<A>(params, block.flat, block.count, block.count, squared_error_scale);
     const A* maximum = static_cast<const A*>(params.maximum) + block.flat;
@@ -454,7 +465,7 @@ void label_backward_chunk(const SegmentationParams& params, const Classes<Comput
       const A m = block.pixels.weight[i];
       if (m == A(0)) return A(0);
       const A z = block.logit(i, c);
-      const A y = work.labels[c * work.stride + i];
+      const A y = block.y[c * block.y_stride + i];
       const A w = classes.weight_of(c);
       A p = z, of_cross_entropy = 0;
       if (params.activation == Activation::kSoftmax) {

@@ -116,10 +116,13 @@ struct SegmentationBlock {
   const int padded;  // up to the end of the last vector
   const T* const z;
   int64_t bad_label = -1;
-  SegmentationPixels<A> pixels;
+  SegmentationPixels<A>& pixels;
+  // Soft labels, class-major: in the tile, or where they lie.
+  const A* y;
+  int64_t y_stride;
 
   SegmentationBlock(const SegmentationParams& params, const Classes<A>& classes, const Workspace<A>& work,
-                    const SegmentationChunk& chunk, int64_t done)
+                    const SegmentationChunk& chunk, int64_t done, SegmentationPixels<A>& pixels)
       : params(params),
         classes(classes),
         work(work),
@@ -128,9 +131,19 @@ struct SegmentationBlock {
         flat(chunk.sample * params.pixels + pixel),
         count(block_count(classes.count, chunk.count - done)),
         padded(static_cast<int>(round_up(count, kLanes<A>))),
-        z(static_cast<const T*>(params.input) + offset_of(params.input_layout, sample, pixel)) {
-    read_pixels();
-    if (has_label_tile(params)) fill_labels();
+        z(static_cast<const T*>(params.input) + offset_of(params.input_layout, sample, pixel)),
+        pixels(pixels),
+        y(work.labels),
+        y_stride(work.stride) {
+    const bool same_everywhere = params.soft_labels && params.pixel_weight == nullptr;
+    if (!same_everywhere || pixels.filled != count) read_pixels();
+    pixels.filled = count;
+    if (labels_lie_ready()) {
+      y = static_cast<const A*>(params.target) + offset_of(params.target_layout, sample, pixel);
+      y_stride = params.target_layout.class_stride;
+    } else if (has_label_tile(params)) {
+      fill_labels();
+    }
     if (transposed()) {
       rows_to_tile(z, params.input_layout.pixel_stride, count, classes.count, work.tile, static_cast<int>(work.stride));
       zero_tail(work.tile);
@@ -159,6 +172,13 @@ struct SegmentationBlock {
   }
 
  private:
+  // Whole vectors of the compute type, none of which has to be masked.
+  bool labels_lie_ready() const {
+    constexpr DType own = sizeof(A) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
+    return params.soft_labels && params.target_dtype == own && params.target_layout.pixel_stride == 1 &&
+           params.pixel_weight == nullptr && count == padded;
+  }
+
   // Weights and class indices.
   void read_pixels() {
     if (params.pixel_weight == nullptr) {
@@ -238,6 +258,7 @@ struct SegmentationBlock {
       });
     }
     zero_tail(tile);
+    if (params.pixel_weight == nullptr) return;
     for (int i = 0; i < count; ++i) {
       if (pixels.weight[i] != A(0)) continue;
       for (int64_t c = 0; c < classes.count; ++c) tile[c * work.stride + i] = 0;

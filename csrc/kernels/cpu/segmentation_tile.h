@@ -27,6 +27,9 @@ struct alignas(64) SegmentationPixels {
   A common[kBlock<A>];               // K: what multiplies each p_c, beside m dL/dP_c
   A labelled[kBlock<A>];             // L: what the labelled class has more
   A smoothed[kBlock<A>];             // E: what each class has less, times w_c
+  // How many pixels the arrays are filled for by what is the same in every block; -1 for none.
+  int filled = -1;         // without class indices and pixel weights: what the block reads
+  int scales_filled = -1;  // squared_error_scale, of a loss that is not a map
 };
 
 // The classes of a group.
@@ -63,7 +66,7 @@ struct OverlapSums {
 // Adds the overlap statistics of a tile of probabilities, which are the tile's numbers times inverse_sum, and the
 // squared errors of its pixels (squared_error, count; not yet times m).
 template <class A, bool kSoft, bool kProduct, bool kSquared, bool kOverlap>
-void collect(int64_t classes, const A* tile, const A* y, int64_t stride, int count, const A* weight,
+void collect(int64_t classes, const A* tile, int64_t stride, const A* y, int64_t y_stride, int count, const A* weight,
              const SegmentationPixels<A>& pixels, const OverlapSums<A>& sums, A* squared_error) {
   using V = Vector<A>;
   constexpr int lanes = kLanes<A>;
@@ -83,7 +86,7 @@ void collect(int64_t classes, const A* tile, const A* y, int64_t stride, int cou
     }
     for (int64_t c = 0; c < classes; ++c) {
       const A* row = tile + c * stride + i;
-      [[maybe_unused]] const A* y_row = y + c * stride + i;
+      [[maybe_unused]] const A* y_row = y + c * y_stride + i;
       [[maybe_unused]] const A w = weight == nullptr ? A(1) : weight[c];
       V both = {}, predicted = {}, labelled = {};
 #pragma GCC unroll 8
@@ -123,7 +126,7 @@ void collect(int64_t classes, const A* tile, const A* y, int64_t stride, int cou
 // z: class-major with z_stride; the tile itself, where it has been filled with logits.
 template <bool kSigmoid, bool kSoft, bool kCrossEntropy, class T>
 void fill_each(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride, const ComputeType<T>* pos_weight,
-               const ComputeType<T>* y, int count, const SegmentationPixels<ComputeType<T>>& pixels,
+               const ComputeType<T>* y, int64_t y_stride, int count, const SegmentationPixels<ComputeType<T>>& pixels,
                ComputeType<T>* tile, int64_t stride, ComputeType<T>* cross_entropy) {
   using A = ComputeType<T>;
   using V = Vector<A>;
@@ -151,7 +154,7 @@ void fill_each(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_str
           const math::Sigmoid<V> s = math::sigmoid<kCrossEntropy, V>(logit);
           p = m[v] == A(0) ? V{} : s.probability;
           if constexpr (kCrossEntropy) {
-            V label_c = label_of<A, kSoft>(label[v], y + c * stride + i + v * lanes, c);
+            V label_c = label_of<A, kSoft>(label[v], y + c * y_stride + i + v * lanes, c);
             label_c = classes.smoothing.label * label_c + classes.smoothing.every;
             sum[v] += w * math::binary_cross_entropy<V>(s, logit, label_c, w_positive);
           }
@@ -169,14 +172,16 @@ void fill_each(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_str
 // Backward
 
 // dL/dp_c of a pixel but for its weight, from soft labels y_c.
-template <class A, bool kProduct>
+template <class A, bool kProduct, bool kSquared>
 FUSEDLOSS_HOST_DEVICE Vector<A> probability_gradient(Vector<A> p, Vector<A> y, Vector<A> squared_error_scale, A weight,
                                                      A d_intersection, A d_predicted) {
   using V = Vector<A>;
   const V share = kProduct ? y : math::minimum_derivative<V>(p, y);
+  const V g = d_predicted + d_intersection * share;
+  if constexpr (!kSquared) return g;
   // Without that term nothing, also where p is infinite.
   const V square = math::squared_error_gradient<V>(squared_error_scale * weight, p, y);
-  return d_predicted + d_intersection * share + (squared_error_scale == A(0) ? V{} : square);
+  return g + (squared_error_scale == A(0) ? V{} : square);
 }
 
 // Softmax, first visit: fills the tile with probabilities and sums over the classes what their gradient needs.
@@ -184,7 +189,7 @@ FUSEDLOSS_HOST_DEVICE Vector<A> probability_gradient(Vector<A> p, Vector<A> y, V
 //   soft labels    dot = sum_c g_c p_c with g_c = dL/dp_c,  square = sum_c w_c y~_c
 template <bool kSoft, bool kProduct, bool kFull, class T>
 void probabilities(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride, const ComputeType<T>* y,
-                   int count, const SegmentationPixels<ComputeType<T>>& pixels,
+                   int64_t y_stride, int count, const SegmentationPixels<ComputeType<T>>& pixels,
                    const ClassGradients<ComputeType<T>>& gradients, ComputeType<T>* tile, int64_t stride,
                    ComputeType<T>* dot_out, ComputeType<T>* square_out) {
   using A = ComputeType<T>;
@@ -211,8 +216,8 @@ void probabilities(const Classes<ComputeType<T>>& classes, const T* z, int64_t z
         const V p = math::exp_shifted<V>(logit, maximum[v]) * inverse_sum[v];
         store(tile + c * stride + i + v * lanes, p);
         if constexpr (kSoft) {
-          const V label = load(y + c * stride + i + v * lanes);
-          dot[v] += p * probability_gradient<A, kProduct>(p, label, scale[v], w, d_intersection, d_predicted);
+          const V label = load(y + c * y_stride + i + v * lanes);
+          dot[v] += p * probability_gradient<A, kProduct, true>(p, label, scale[v], w, d_intersection, d_predicted);
           square[v] += math::soft_label_weight<V>(classes.smoothing, w, label);
         } else {
           dot[v] += d_predicted * p;
@@ -244,9 +249,10 @@ FUSEDLOSS_HOST_DEVICE void write_gradient(T* to, Vector<ComputeType<T>> value, b
 //   class indices  dz_c = p_c (m (dL/dP_c + s w_c p_c) + K) + [c = y] L - w_c E     (s and E with kFull)
 //   soft labels    dz_c = m (p_c (g_c + K) - E w_c y~_c)
 template <bool kSoft, bool kProduct, bool kFull, bool kStream, class T>
-void softmax_gradient(const Classes<ComputeType<T>>& classes, const ComputeType<T>* tile, const ComputeType<T>* y,
-                      int64_t stride, int count, const SegmentationPixels<ComputeType<T>>& pixels,
-                      const ClassGradients<ComputeType<T>>& gradients, T* gradient, int64_t gradient_stride) {
+void softmax_gradient(const Classes<ComputeType<T>>& classes, const ComputeType<T>* tile, int64_t stride,
+                      const ComputeType<T>* y, int64_t y_stride, int count,
+                      const SegmentationPixels<ComputeType<T>>& pixels, const ClassGradients<ComputeType<T>>& gradients,
+                      T* gradient, int64_t gradient_stride) {
   using A = ComputeType<T>;
   using V = Vector<A>;
   constexpr int lanes = kLanes<A>;
@@ -278,8 +284,8 @@ void softmax_gradient(const Classes<ComputeType<T>>& classes, const ComputeType<
         const V p = load(tile + c * stride + i + v * lanes);
         V value;
         if constexpr (kSoft) {
-          const V label_c = load(y + c * stride + i + v * lanes);
-          const V g = probability_gradient<A, kProduct>(p, label_c, scale[v], w, d_intersection, d_predicted);
+          const V label_c = load(y + c * y_stride + i + v * lanes);
+          const V g = probability_gradient<A, kProduct, true>(p, label_c, scale[v], w, d_intersection, d_predicted);
           value =
               m[v] * (p * (g + common[v]) - smoothed[v] * math::soft_label_weight<V>(classes.smoothing, w, label_c));
         } else {
@@ -299,9 +305,10 @@ void softmax_gradient(const Classes<ComputeType<T>>& classes, const ComputeType<
 // Sigmoid, or no activation: the gradient from the logits, each class by itself. `smoothed` holds the incoming gradient
 // of the cross-entropy, over C.
 // z may be `gradient` itself.
-template <bool kSigmoid, bool kSoft, bool kProduct, bool kStream, class Z, class T>
+// kFull: with squared error or cross-entropy.
+template <bool kSigmoid, bool kSoft, bool kProduct, bool kFull, bool kStream, class Z, class T>
 void gradient_of_each(const Classes<ComputeType<T>>& classes, const Z* z, int64_t z_stride,
-                      const ComputeType<T>* pos_weight, const ComputeType<T>* y, int64_t stride, int count,
+                      const ComputeType<T>* pos_weight, const ComputeType<T>* y, int64_t y_stride, int count,
                       const SegmentationPixels<ComputeType<T>>& pixels, const ClassGradients<ComputeType<T>>& gradients,
                       T* gradient, int64_t gradient_stride) {
   using A = ComputeType<T>;
@@ -318,22 +325,25 @@ void gradient_of_each(const Classes<ComputeType<T>>& classes, const Z* z, int64_
         const int at = i + v * lanes;
         const V m = load(pixels.weight + at);
         const V logit = partial() ? load_partial<Z>(row, left, 0) : load<Z>(row + v * lanes);
-        const V label = label_of<A, kSoft>(load_labels<A>(pixels.label + at), y + c * stride + at, c);
-        const V scale = load(pixels.squared_error_scale + at);
+        const V label = label_of<A, kSoft>(load_labels<A>(pixels.label + at), y + c * y_stride + at, c);
+        const auto gradient_of = [&](V p) {
+          // Of a hard label the minimum and the product are the same.
+          constexpr bool by_product = kProduct || !kSoft;
+          const V scale = kFull ? load(pixels.squared_error_scale + at) : V{};
+          return probability_gradient<A, by_product, kFull>(p, label, scale, w, gradients.d_intersection[c],
+                                                            gradients.d_predicted[c]);
+        };
         V value;
         if constexpr (kSigmoid) {
           const math::Sigmoid<V> s = math::sigmoid<false, V>(logit);
-          // Of a hard label the minimum and the product are the same.
-          const V g = probability_gradient < A,
-                  kProduct ||
-                      !kSoft > (s.probability, label, scale, w, gradients.d_intersection[c], gradients.d_predicted[c]);
-          const V smoothed = classes.smoothing.label * label + classes.smoothing.every;
-          value =
-              s.probability * s.complement * g +
-              load(pixels.smoothed + at) * w * math::binary_cross_entropy_logit_gradient<V>(s, smoothed, w_positive);
+          value = s.probability * s.complement * gradient_of(s.probability);
+          if constexpr (kFull) {
+            const V smoothed = classes.smoothing.label * label + classes.smoothing.every;
+            value +=
+                load(pixels.smoothed + at) * w * math::binary_cross_entropy_logit_gradient<V>(s, smoothed, w_positive);
+          }
         } else {
-          value = probability_gradient<A, kProduct>(logit, label, scale, w, gradients.d_intersection[c],
-                                                    gradients.d_predicted[c]);
+          value = gradient_of(logit);
         }
         value = m == A(0) ? V{} : m * value;
         write_gradient<kStream, T>(gradient + c * gradient_stride + at, value, partial(), left);
