@@ -49,7 +49,9 @@ void fill_softmax(SegmentationBlock<T>& block, ComputeType<T>* cross_entropy, Co
                                                         : Labels::kIndex;
   block.with_logits([&](const auto* z, int64_t z_stride) {
     const auto run = [&](auto kind) {
-      forward_tile<kind(), true>(classes, z, z_stride, block.y, block.y_stride, block.count, sums, tile, stride);
+      block.with_labels([&](const auto* y, int64_t y_stride) {
+        forward_tile<kind(), true>(classes, z, z_stride, y, y_stride, block.count, sums, tile, stride);
+      });
     };
     switch (labels) {
       case Labels::kIndex:
@@ -110,9 +112,11 @@ void fill(SegmentationBlock<T>& block, ComputeType<T>* cross_entropy, ComputeTyp
   if (params.activation == Activation::kSoftmax) return fill_softmax(block, cross_entropy, class_weight);
   block.with_logits([&](const auto* z, int64_t z_stride) {
     const auto run = [&](auto sigmoid, auto soft, auto with_cross_entropy) {
-      fill_each<sigmoid(), soft(), with_cross_entropy()>(
-          block.classes, z, z_stride, static_cast<const A*>(params.pos_weight), block.y, block.y_stride, block.count,
-          block.pixels, block.work.tile, block.work.stride, cross_entropy);
+      block.with_labels([&](const auto* y, int64_t y_stride) {
+        fill_each<sigmoid(), soft(), with_cross_entropy()>(
+            block.classes, z, z_stride, static_cast<const A*>(params.pos_weight), y, y_stride, block.count,
+            block.pixels, block.work.tile, block.work.stride, cross_entropy);
+      });
     };
     if (params.activation == Activation::kNone) {
       run(Bool<false>{}, Bool<true>{}, Bool<false>{});
@@ -137,9 +141,11 @@ void collect_block(SegmentationBlock<T>& block, ComputeType<T>* squared_error) {
   const Workspace<A>& work = block.work;
   const bool soft = has_label_tile(params);
   const auto run = [&](auto is_soft, auto product, auto squared, auto overlap) {
-    collect<A, is_soft(), product(), squared(), overlap()>(block.classes.count, work.tile, work.stride, block.y,
-                                                           block.y_stride, block.count, block.classes.weight,
-                                                           block.pixels, work.sums, squared_error);
+    block.with_labels([&](const auto* y, int64_t y_stride) {
+      collect<A, is_soft(), product(), squared(), overlap()>(block.classes.count, work.tile, work.stride, y, y_stride,
+                                                             block.count, block.classes.weight, block.pixels, work.sums,
+                                                             squared_error);
+    });
   };
   const auto with_terms = [&](auto is_soft, auto product) {
     if (params.squared_error && params.overlap) {
@@ -338,8 +344,10 @@ void backward_softmax(SegmentationBlock<T>& block, const ClassGradients<ComputeT
   alignas(64) A dot[kBlock<A>], square[kBlock<A>];
   with_kind([&](auto soft, auto is_product, auto is_full) {
     block.with_logits([&](const auto* z, int64_t z_stride) {
-      probabilities<soft(), is_product(), is_full()>(classes, z, z_stride, block.y, block.y_stride, block.count, pixels,
-                                                     gradients, work.tile, work.stride, dot, square);
+      block.with_labels([&](const auto* y, int64_t y_stride) {
+        probabilities<soft(), is_product(), is_full()>(classes, z, z_stride, y, y_stride, block.count, pixels,
+                                                       gradients, work.tile, work.stride, dot, square);
+      });
     });
   });
 
@@ -369,9 +377,10 @@ void backward_softmax(SegmentationBlock<T>& block, const ClassGradients<ComputeT
   }
   write_block(block, stream, [&](auto streamed, auto* gradient, int64_t gradient_stride) {
     with_kind([&](auto soft, auto is_product, auto is_full) {
-      softmax_gradient<soft(), is_product(), is_full(), streamed()>(classes, work.tile, work.stride, block.y,
-                                                                    block.y_stride, block.count, pixels, gradients,
-                                                                    gradient, gradient_stride);
+      block.with_labels([&](const auto* y, int64_t y_stride) {
+        softmax_gradient<soft(), is_product(), is_full(), streamed()>(
+            classes, work.tile, work.stride, y, y_stride, block.count, pixels, gradients, gradient, gradient_stride);
+      });
     });
   });
 }
@@ -391,9 +400,11 @@ void backward_each(SegmentationBlock<T>& block, const ClassGradients<ComputeType
     write_block(block, stream, [&](auto streamed, auto* gradient, int64_t gradient_stride) {
       const auto run = [&](auto sigmoid, auto soft, auto is_product) {
         const auto with_terms = [&](auto full) {
-          gradient_of_each<sigmoid(), soft(), is_product(), full(), streamed()>(
-              block.classes, z, z_stride, static_cast<const A*>(params.pos_weight), block.y, block.y_stride,
-              block.count, block.pixels, gradients, gradient, gradient_stride);
+          block.with_labels([&](const auto* y, int64_t y_stride) {
+            gradient_of_each<sigmoid(), soft(), is_product(), full(), streamed()>(
+                block.classes, z, z_stride, static_cast<const A*>(params.pos_weight), y, y_stride, block.count,
+                block.pixels, gradients, gradient, gradient_stride);
+          });
         };
         full ? with_terms(Bool<true>{}) : with_terms(Bool<false>{});
       };
@@ -465,7 +476,7 @@ void label_backward_chunk(const SegmentationParams& params, const Classes<Comput
       const A m = block.pixels.weight[i];
       if (m == A(0)) return A(0);
       const A z = block.logit(i, c);
-      const A y = block.y[c * block.y_stride + i];
+      const A y = block.label(i, c);
       const A w = classes.weight_of(c);
       A p = z, of_cross_entropy = 0;
       if (params.activation == Activation::kSoftmax) {

@@ -105,6 +105,7 @@ Classes<A> classes_of(const SegmentationParams& params) {
 template <class T>
 struct SegmentationBlock {
   using A = ComputeType<T>;
+  static constexpr DType kComputeDType = sizeof(A) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
 
   const SegmentationParams& params;
   const Classes<A>& classes;
@@ -117,9 +118,9 @@ struct SegmentationBlock {
   const T* const z;
   int64_t bad_label = -1;
   SegmentationPixels<A>& pixels;
-  // Soft labels, class-major: in the tile, or where they lie.
-  const A* y;
-  int64_t y_stride;
+  // Soft labels: where they lie, class-major and of the compute type or of the logits' dtype; else nullptr, and they
+  // are in the tile.
+  const void* labels_in_place = nullptr;
 
   SegmentationBlock(const SegmentationParams& params, const Classes<A>& classes, const Workspace<A>& work,
                     const SegmentationChunk& chunk, int64_t done, SegmentationPixels<A>& pixels)
@@ -132,15 +133,14 @@ struct SegmentationBlock {
         count(block_count(classes.count, chunk.count - done)),
         padded(static_cast<int>(round_up(count, kLanes<A>))),
         z(static_cast<const T*>(params.input) + offset_of(params.input_layout, sample, pixel)),
-        pixels(pixels),
-        y(work.labels),
-        y_stride(work.stride) {
+        pixels(pixels) {
     const bool same_everywhere = params.soft_labels && params.pixel_weight == nullptr;
     if (!same_everywhere || pixels.filled != count) read_pixels();
     pixels.filled = count;
     if (labels_lie_ready()) {
-      y = static_cast<const A*>(params.target) + offset_of(params.target_layout, sample, pixel);
-      y_stride = params.target_layout.class_stride;
+      const int64_t bytes = params.target_dtype == kComputeDType ? sizeof(A) : sizeof(T);
+      labels_in_place =
+          static_cast<const char*>(params.target) + bytes * offset_of(params.target_layout, sample, pixel);
     } else if (has_label_tile(params)) {
       fill_labels();
     }
@@ -167,6 +167,22 @@ struct SegmentationBlock {
     }
   }
 
+  // Calls f(labels, stride from class to class): where they lie, or in the tile.
+  template <class F>
+  void with_labels(F f) const {
+    if (labels_in_place == nullptr) return f(static_cast<const A*>(work.labels), work.stride);
+    const int64_t stride = params.target_layout.class_stride;
+    if (params.target_dtype == kComputeDType) return f(static_cast<const A*>(labels_in_place), stride);
+    if constexpr (!std::is_same_v<T, A>) f(static_cast<const T*>(labels_in_place), stride);
+  }
+
+  // Of soft labels.
+  A label(int i, int64_t c) const {
+    A value = 0;
+    with_labels([&](const auto* y, int64_t stride) { value = load_one(y + c * stride + i); });
+    return value;
+  }
+
   A logit(int i, int64_t c) const {
     return load_one(z + i * params.input_layout.pixel_stride + c * params.input_layout.class_stride);
   }
@@ -174,9 +190,9 @@ struct SegmentationBlock {
  private:
   // Whole vectors of the compute type, none of which has to be masked.
   bool labels_lie_ready() const {
-    constexpr DType own = sizeof(A) == sizeof(double) ? DType::kFloat64 : DType::kFloat32;
-    return params.soft_labels && params.target_dtype == own && params.target_layout.pixel_stride == 1 &&
-           params.pixel_weight == nullptr && count == padded;
+    const bool readable = params.target_dtype == kComputeDType || params.target_dtype == params.input_dtype;
+    return params.soft_labels && readable && params.target_layout.pixel_stride == 1 && params.pixel_weight == nullptr &&
+           count == padded;
   }
 
   // Weights and class indices.

@@ -46,9 +46,9 @@ FUSEDLOSS_HOST_DEVICE math::Bits<Vector<A>> load_labels(const math::Bits<A>* p) 
 }
 
 // The label of class c: one-hot, or from the tile of soft labels.
-template <class A, bool kSoft>
-FUSEDLOSS_HOST_DEVICE Vector<A> label_of(math::Bits<Vector<A>> label, const A* y, int64_t c) {
-  if constexpr (kSoft) return load(y);
+template <class A, bool kSoft, class Y>
+FUSEDLOSS_HOST_DEVICE Vector<A> label_of(math::Bits<Vector<A>> label, const Y* y, int64_t c) {
+  if constexpr (kSoft) return load<Y>(y);
   return label == math::Bits<A>(c) ? splat<Vector<A>>(A(1)) : Vector<A>{};
 }
 
@@ -65,8 +65,8 @@ struct OverlapSums {
 
 // Adds the overlap statistics of a tile of probabilities, which are the tile's numbers times inverse_sum, and the
 // squared errors of its pixels (squared_error, count; not yet times m).
-template <class A, bool kSoft, bool kProduct, bool kSquared, bool kOverlap>
-void collect(int64_t classes, const A* tile, int64_t stride, const A* y, int64_t y_stride, int count, const A* weight,
+template <class A, bool kSoft, bool kProduct, bool kSquared, bool kOverlap, class Y>
+void collect(int64_t classes, const A* tile, int64_t stride, const Y* y, int64_t y_stride, int count, const A* weight,
              const SegmentationPixels<A>& pixels, const OverlapSums<A>& sums, A* squared_error) {
   using V = Vector<A>;
   constexpr int lanes = kLanes<A>;
@@ -86,7 +86,7 @@ void collect(int64_t classes, const A* tile, int64_t stride, const A* y, int64_t
     }
     for (int64_t c = 0; c < classes; ++c) {
       const A* row = tile + c * stride + i;
-      [[maybe_unused]] const A* y_row = y + c * y_stride + i;
+      [[maybe_unused]] const Y* y_row = y + c * y_stride + i;
       [[maybe_unused]] const A w = weight == nullptr ? A(1) : weight[c];
       V both = {}, predicted = {}, labelled = {};
 #pragma GCC unroll 8
@@ -124,9 +124,9 @@ void collect(int64_t classes, const A* tile, int64_t stride, const A* y, int64_t
 // Fills the tile with sigmoid(z), or with z itself; 0 where m is, whatever the logit is. With kCrossEntropy also the
 // binary cross-entropy of each pixel, over the classes (not yet times m).
 // z: class-major with z_stride; the tile itself, where it has been filled with logits.
-template <bool kSigmoid, bool kSoft, bool kCrossEntropy, class T>
+template <bool kSigmoid, bool kSoft, bool kCrossEntropy, class T, class Y>
 void fill_each(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride, const ComputeType<T>* pos_weight,
-               const ComputeType<T>* y, int64_t y_stride, int count, const SegmentationPixels<ComputeType<T>>& pixels,
+               const Y* y, int64_t y_stride, int count, const SegmentationPixels<ComputeType<T>>& pixels,
                ComputeType<T>* tile, int64_t stride, ComputeType<T>* cross_entropy) {
   using A = ComputeType<T>;
   using V = Vector<A>;
@@ -187,9 +187,9 @@ FUSEDLOSS_HOST_DEVICE Vector<A> probability_gradient(Vector<A> p, Vector<A> y, V
 // Softmax, first visit: fills the tile with probabilities and sums over the classes what their gradient needs.
 //   class indices  dot = sum_c dL/dP_c p_c,  square = sum_c w_c p_c^2 (with kFull)
 //   soft labels    dot = sum_c g_c p_c with g_c = dL/dp_c,  square = sum_c w_c y~_c
-template <bool kSoft, bool kProduct, bool kFull, class T>
-void probabilities(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride, const ComputeType<T>* y,
-                   int64_t y_stride, int count, const SegmentationPixels<ComputeType<T>>& pixels,
+template <bool kSoft, bool kProduct, bool kFull, class T, class Y>
+void probabilities(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride, const Y* y, int64_t y_stride,
+                   int count, const SegmentationPixels<ComputeType<T>>& pixels,
                    const ClassGradients<ComputeType<T>>& gradients, ComputeType<T>* tile, int64_t stride,
                    ComputeType<T>* dot_out, ComputeType<T>* square_out) {
   using A = ComputeType<T>;
@@ -216,7 +216,7 @@ void probabilities(const Classes<ComputeType<T>>& classes, const T* z, int64_t z
         const V p = math::exp_shifted<V>(logit, maximum[v]) * inverse_sum[v];
         store(tile + c * stride + i + v * lanes, p);
         if constexpr (kSoft) {
-          const V label = load(y + c * y_stride + i + v * lanes);
+          const V label = load<Y>(y + c * y_stride + i + v * lanes);
           dot[v] += p * probability_gradient<A, kProduct, true>(p, label, scale[v], w, d_intersection, d_predicted);
           square[v] += math::soft_label_weight<V>(classes.smoothing, w, label);
         } else {
@@ -248,11 +248,10 @@ FUSEDLOSS_HOST_DEVICE void write_gradient(T* to, Vector<ComputeType<T>> value, b
 // Softmax, second visit: the gradient from the tile of probabilities.
 //   class indices  dz_c = p_c (m (dL/dP_c + s w_c p_c) + K) + [c = y] L - w_c E     (s and E with kFull)
 //   soft labels    dz_c = m (p_c (g_c + K) - E w_c y~_c)
-template <bool kSoft, bool kProduct, bool kFull, bool kStream, class T>
-void softmax_gradient(const Classes<ComputeType<T>>& classes, const ComputeType<T>* tile, int64_t stride,
-                      const ComputeType<T>* y, int64_t y_stride, int count,
-                      const SegmentationPixels<ComputeType<T>>& pixels, const ClassGradients<ComputeType<T>>& gradients,
-                      T* gradient, int64_t gradient_stride) {
+template <bool kSoft, bool kProduct, bool kFull, bool kStream, class T, class Y>
+void softmax_gradient(const Classes<ComputeType<T>>& classes, const ComputeType<T>* tile, int64_t stride, const Y* y,
+                      int64_t y_stride, int count, const SegmentationPixels<ComputeType<T>>& pixels,
+                      const ClassGradients<ComputeType<T>>& gradients, T* gradient, int64_t gradient_stride) {
   using A = ComputeType<T>;
   using V = Vector<A>;
   constexpr int lanes = kLanes<A>;
@@ -284,7 +283,7 @@ void softmax_gradient(const Classes<ComputeType<T>>& classes, const ComputeType<
         const V p = load(tile + c * stride + i + v * lanes);
         V value;
         if constexpr (kSoft) {
-          const V label_c = load(y + c * y_stride + i + v * lanes);
+          const V label_c = load<Y>(y + c * y_stride + i + v * lanes);
           const V g = probability_gradient<A, kProduct, true>(p, label_c, scale[v], w, d_intersection, d_predicted);
           value =
               m[v] * (p * (g + common[v]) - smoothed[v] * math::soft_label_weight<V>(classes.smoothing, w, label_c));
@@ -306,9 +305,9 @@ void softmax_gradient(const Classes<ComputeType<T>>& classes, const ComputeType<
 // of the cross-entropy, over C.
 // z may be `gradient` itself.
 // kFull: with squared error or cross-entropy.
-template <bool kSigmoid, bool kSoft, bool kProduct, bool kFull, bool kStream, class Z, class T>
+template <bool kSigmoid, bool kSoft, bool kProduct, bool kFull, bool kStream, class Z, class T, class Y>
 void gradient_of_each(const Classes<ComputeType<T>>& classes, const Z* z, int64_t z_stride,
-                      const ComputeType<T>* pos_weight, const ComputeType<T>* y, int64_t y_stride, int count,
+                      const ComputeType<T>* pos_weight, const Y* y, int64_t y_stride, int count,
                       const SegmentationPixels<ComputeType<T>>& pixels, const ClassGradients<ComputeType<T>>& gradients,
                       T* gradient, int64_t gradient_stride) {
   using A = ComputeType<T>;
