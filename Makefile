@@ -12,19 +12,20 @@ PIP := $(PY) -m pip --disable-pip-version-check
 # Inside the environment, because a build fits only the Python and the torch that it was configured with.
 BUILD := $(VENV)/build
 STAMPS := $(VENV)/stamps
-CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
+CUDA_HOST := $(VENV)/cuda_host
+CPP := $(shell find csrc tests/cuda_host -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 BUILD_INPUTS := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench build format clean
+.PHONY: help demo test lint cuda cuda-host bench build format clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: build  ## train a small segmentation network on scenes that the program draws; results in build/demo
 	$(PY) examples/train_segmentation.py --output build/demo $(ARGS)
 
-test: build  ## run the tests and the examples in the docstrings
+test: build cuda-host  ## run the tests and the examples in the docstrings
 	$(PY) -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 lint: build  ## check style, types, the rule of the rooms, and the symbols of the binary
@@ -34,6 +35,15 @@ lint: build  ## check style, types, the rule of the rooms, and the symbols of th
 	$(PY) -m mypy
 	$(PY) tools/check_rooms.py
 	$(PY) tools/check_symbols.py $(BUILD)
+
+cuda: build  ## compile the CUDA kernels for several architectures, without a GPU; nothing where nvcc is missing
+	$(PY) tools/check_cuda.py
+
+cuda-host: build  ## compile the CUDA kernels for the CPU, where the tests run them thread by thread
+	@$(VENV)/bin/cmake -S . -B $(CUDA_HOST) -G Ninja -DCMAKE_BUILD_TYPE=Release -DFUSEDLOSS_CUDA=OFF \
+	  -DFUSEDLOSS_CUDA_HOST=ON -DPython_EXECUTABLE=$(abspath $(PY)) -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
+	  -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir) > /dev/null
+	$(VENV)/bin/cmake --build $(CUDA_HOST) --target _C_cuda_host
 
 bench: build  ## time the losses against eager PyTorch, torch.compile and the memory's own speed
 	$(PY) -m benchmarks $(ARGS)
@@ -46,7 +56,7 @@ format: build  ## rewrite the sources in the project's style
 	$(VENV)/bin/clang-format -i $(CPP)
 
 clean:  ## remove everything that was built (the environment keeps its packages)
-	rm -rf build dist $(BUILD) $(STAMPS)/built .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist $(BUILD) $(CUDA_HOST) $(STAMPS)/built .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # Debian splits ensurepip from Python; then the pip that is there installs one into the environment.
 $(PY):

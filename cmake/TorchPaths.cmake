@@ -1,4 +1,5 @@
-# Finds torch by its path and makes the target `fusedloss_torch`; sets FUSEDLOSS_TORCH_VERSION.
+# Finds torch by its path and makes the target `fusedloss_torch`; sets FUSEDLOSS_TORCH_VERSION, FUSEDLOSS_TORCH_CUDA and
+# FUSEDLOSS_TORCH_CUDA_LIBRARY (not found where torch has no CUDA).
 #
 # Not find_package(Torch): under a CUDA torch that asks for the whole CUDA toolkit, overrides CMAKE_CUDA_ARCHITECTURES
 # and adds flags of its own. The stable ABI needs one include directory and one library.
@@ -30,6 +31,10 @@ if(torch_release VERSION_LESS FUSEDLOSS_TORCH_MINIMUM)
                       "${FUSEDLOSS_TORCH_VERSION}: run\n"
                       "  pip install --upgrade ${install_arguments}")
 endif()
+# "13.0", or "" for a torch without CUDA.
+file(STRINGS "${torch_dir}/version.py" cuda_line REGEX "^cuda.* = ")
+string(REGEX MATCH "[0-9]+\\.[0-9]+" FUSEDLOSS_TORCH_CUDA "${cuda_line}")
+find_library(FUSEDLOSS_TORCH_CUDA_LIBRARY torch_cuda PATHS "${torch_dir}/lib" NO_DEFAULT_PATH NO_CACHE)
 message(STATUS "torch ${FUSEDLOSS_TORCH_VERSION}: ${torch_dir}")
 
 find_library(torch_cpu_library torch_cpu PATHS "${torch_dir}/lib" NO_DEFAULT_PATH NO_CACHE REQUIRED)

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
 import fusedloss
+from fusedloss import _ops
 
 from .registry import LOSSES, each_loss
 
@@ -552,6 +554,41 @@ def test_bad_label_in_a_strided_target(device):
     labels[3, 1] = 9
     with pytest.raises(IndexError, match=r"\(1, 3\).*9"):
         fusedloss.cross_entropy(torch.zeros(4, 3, 5, device=device), labels.T)
+
+
+# ---- devices ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(_ops.CUDA_REFUSED is None, reason="the CUDA kernels are there")
+@pytest.mark.parametrize("name", [loss.name for loss in LOSSES])
+def test_without_cuda_kernels_it_is_said_how_to_build_them(name):
+    with FakeTensorMode():  # the only CUDA tensors that a torch without CUDA has
+        there, labels = torch.zeros(4, 3, device="cuda"), torch.zeros(4, dtype=torch.int64, device="cuda")
+    target = there if name == "mse_loss" else labels
+    for arguments, at_fault in (((there, target), "input"), ((X, target), "target")):
+        with pytest.raises(ValueError, match="FORCE_CUDA=1 pip install --no-build-isolation") as caught:
+            getattr(fusedloss, name)(*arguments, **REQUIRED.get(name, {}))
+        message = str(caught.value)
+        assert message.startswith(f"{name}: `{at_fault}` must be on the CPU, got cuda:0, and ")
+        assert _ops.CUDA_REFUSED in message
+        assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", [loss.name for loss in LOSSES])
+def test_another_device_is_told_who_takes_it(name):
+    target = META if name == "mse_loss" else Y.to("meta")
+    with pytest.raises(ValueError, match=rf"got meta \((torch.nn.functional|fusedloss.reference).{name} takes it\)"):
+        getattr(fusedloss, name)(META, target, **REQUIRED.get(name, {}))
+
+
+def test_why_there_are_no_cuda_kernels(tmp_path):
+    library = tmp_path / "_C_cuda.so"
+    assert "torch has no CUDA" in _ops._load_cuda(library, None)
+    assert "without CUDA kernels" in _ops._load_cuda(library, "12.8")
+    library.write_text("this is no library\n")
+    refused = _ops._load_cuda(library, "12.8")
+    assert refused.startswith("_C_cuda.so does not load (")
+    assert "\n" not in refused
 
 
 # ---- warnings --------------------------------------------------------------------------------------------------------

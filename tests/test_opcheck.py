@@ -13,7 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .registry import LOSSES, REDUCTIONS, Case
 
 NAMES = sorted(
-    {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fusedloss::")}
+    {
+        name.partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        # What reads a GPU's memory alone (_bad_label_record) takes no part in a loss.
+        if name.startswith("fusedloss::") and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
+    }
 )
 
 

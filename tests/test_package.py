@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fusedloss
-from fusedloss import _C
+from fusedloss import _C, _ops
 
 from .registry import each_loss
 
@@ -24,12 +24,14 @@ PUBLIC = {
     "TverskyLoss",
     "__version__",
     "brier_loss",
+    "check_labels",
     "cross_entropy",
     "dice_loss",
     "mse_loss",
     "overlap_statistics",
     "reference",
     "segmentation_loss",
+    "set_label_checks",
     "show_config",
     "soft_iou_loss",
     "tversky_loss",
@@ -58,6 +60,8 @@ PIXELS = "activation='softmax', pixel_weight=None, ignore_index=-100"
 TERMS = "cross_entropy=1.0, iou=1.0, brier=0.0, alpha=1.0, beta=1.0, label_smoothing=0.0, pos_weight=None"
 OF_MODULE = "activation='softmax', ignore_index=-100"
 SIGNATURES = {
+    "check_labels": "(device=None)",
+    "set_label_checks": "(mode)",
     "cross_entropy": "(input, target, weight=None, *, ignore_index=-100, reduction='mean', label_smoothing=0.0)",
     "mse_loss": "(input, target, *, reduction='mean', weight=None)",
     "CrossEntropyLoss": "(weight=None, *, ignore_index=-100, reduction='mean', label_smoothing=0.0)",
@@ -117,7 +121,8 @@ def test_build_info():
 def test_show_config():
     text = fusedloss.show_config()
     assert isinstance(text, str)
-    for word in (fusedloss.__version__, torch.__version__, _C.get_cpu_capability()):
+    cuda = f"cuda kernels: {'loaded' if _ops.CUDA_REFUSED is None else 'none, as ' + _ops.CUDA_REFUSED}"
+    for word in (fusedloss.__version__, torch.__version__, _C.get_cpu_capability(), cuda):
         assert word in text
 
 

@@ -42,6 +42,9 @@ STABLE_TORCH_LIBRARY(fusedloss, m) {
   m.def(
       "_mse_loss_backward(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor statistics, "
       "int reduction, int operand) -> Tensor");
+
+  // What kernels/cuda/bad_label.h remembers on the device of `like`: the record itself, (4,) int64, not a copy.
+  m.def("_bad_label_record(Tensor like) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedloss, CPU, m) {

@@ -168,7 +168,7 @@ Tensor in_order_of(const Tensor& tensor, const Tensor& like) {
   const std::vector<int64_t> sizes = sizes_of(tensor);
   const std::vector<int64_t> like_strides = strides_of(like);
   if (layout_if_under(view_logits(sizes, like_strides), sizes, strides_of(tensor))) return tensor;
-  Tensor copy = allocate(sizes, dense_strides(sizes, like_strides), tensor.scalar_type());
+  Tensor copy = allocate_like(tensor, sizes, dense_strides(sizes, like_strides), tensor.scalar_type());
   torch::stable::copy_(copy, tensor);
   return copy;
 }

@@ -18,13 +18,10 @@ namespace {
 
 std::map<std::string, std::string> build_info() {
   return {
-      {"version", FUSEDLOSS_VERSION},
-      {"compiler", FUSEDLOSS_COMPILER},
-      {"build_type", FUSEDLOSS_BUILD_TYPE},
-      {"platform", FUSEDLOSS_PLATFORM},
-      {"cpu_levels", FUSEDLOSS_CPU_LEVELS},
-      {"torch", FUSEDLOSS_TORCH_VERSION},
-      {"torch_minimum", FUSEDLOSS_TORCH_MINIMUM},
+      {"version", FUSEDLOSS_VERSION},       {"compiler", FUSEDLOSS_COMPILER},
+      {"build_type", FUSEDLOSS_BUILD_TYPE}, {"platform", FUSEDLOSS_PLATFORM},
+      {"cpu_levels", FUSEDLOSS_CPU_LEVELS}, {"cuda", FUSEDLOSS_CUDA},
+      {"torch", FUSEDLOSS_TORCH_VERSION},   {"torch_minimum", FUSEDLOSS_TORCH_MINIMUM},
   };
 }
 

@@ -7,37 +7,12 @@
 
 #include "binding/logits.h"
 #include "binding/ops.h"
+#include "binding/segmentation_call.h"
 #include "kernels/cpu/dispatch.h"
 #include "math/overlap.h"
 
 namespace fusedloss {
 namespace {
-
-// What the op gives as its value.
-enum class Output : int {
-  kEach = 0,        // the overlap loss of each group and chosen class (G, K), or the Brier loss of each pixel
-  kMean = 1,        // the weighted sum of the terms' means
-  kSum = 2,         // likewise of their sums; no cross-entropy
-  kStatistics = 3,  // I, P and T: (3, G, C)
-};
-
-// Does a class with T = 0 count in its group?
-enum class Absent : int { kSkip = 0, kCount = 1, kZero = 2 };
-
-struct Options {
-  int64_t activation;
-  int64_t ignore_index;
-  int64_t output;
-  double cross_entropy;
-  double iou;
-  double brier;
-  math::OverlapFormula formula;
-  double label_smoothing;
-  std::vector<int64_t> classes;  // chosen for the overlap; empty for all
-  bool per_image;
-  int64_t absent;
-  int64_t intersection;
-};
 
 // The sums of the forward. In a tensor: (3 G C + G + 3) doubles in the order of the fields.
 struct Table {
@@ -71,111 +46,25 @@ struct Table {
 
 double divide(double numerator, double denominator) { return denominator == 0.0 ? 0.0 : numerator / denominator; }
 
-// The arguments after the checks, with whatever had to be copied.
-struct Call {
-  Tensor input;
-  Tensor target;
-  std::optional<Tensor> pixel_weight;
-  const Options& options;
-  Output output;
-  Absent absent;
+// With what is read on the host alone: the weights of the classes, and the table.
+struct Call : SegmentationCall {
   ClassWeights class_weights;
   ClassWeights pos_weights;
-  std::vector<int64_t> sizes;
-  std::vector<int64_t> target_sizes;
-  std::vector<int64_t> chosen;  // classes of the overlap
-  LogitView view;
-  SegmentationParams params{};
   int64_t chunks;
 
-  Call(const char* op, const Tensor& input_argument, const Tensor& target_argument, const std::optional<Tensor>& weight,
-       const std::optional<Tensor>& pixel_weight_argument, const std::optional<Tensor>& pos_weight,
-       const Options& given)
-      : input(input_argument), target(target_argument), pixel_weight(pixel_weight_argument), options(given) {
-    const auto in_range = [](int64_t value, int64_t last) { return value >= 0 && value <= last; };
-    require(in_range(options.activation, 2), op, "activation must be 0 (softmax), 1 (sigmoid) or 2 (none)");
-    require(in_range(options.output, 3), op, "output must be 0 (each), 1 (mean), 2 (sum) or 3 (statistics)");
-    require(in_range(options.absent, 2), op, "absent must be 0 (skip), 1 (count) or 2 (zero)");
-    require(in_range(options.intersection, 1), op, "intersection must be 0 (minimum) or 1 (product)");
-    output = static_cast<Output>(options.output);
-    absent = static_cast<Absent>(options.absent);
-    params.activation = static_cast<Activation>(options.activation);
-    params.intersection = static_cast<Intersection>(options.intersection);
-    params.cross_entropy = output == Output::kMean && options.cross_entropy != 0.0;
-    params.overlap = output == Output::kStatistics || options.iou != 0.0;
-    params.squared_error = output != Output::kStatistics && options.brier != 0.0;
-    require(output != Output::kEach || params.overlap != params.squared_error, op,
-            "output 0 (each) is of one term alone");
-    require(!params.cross_entropy || params.activation != Activation::kNone, op,
-            "cross_entropy must be 0 without an activation");
-    require(options.label_smoothing >= 0.0 && options.label_smoothing <= 1.0, op, "label_smoothing must be in [0, 1]");
-    params.label_smoothing = options.label_smoothing;
-    const math::OverlapFormula& formula = options.formula;
-    require(formula.alpha >= 0.0 && formula.beta >= 0.0 && formula.smooth >= 0.0, op,
-            "alpha, beta and smooth must not be negative");
-    require(formula.eps > 0.0 && formula.gamma > 0.0, op, "eps and gamma must be positive");
-    for (double number : {options.cross_entropy, options.iou, options.brier, formula.alpha, formula.beta,
-                          formula.smooth, formula.eps, formula.gamma}) {
-      require(std::isfinite(number), op, "factors and options must be finite");
-    }
-
-    require(input.dim() >= 2, op, "input must have at least two dimensions");
-    params.input_dtype = dtype_of(input, op);
-    params.target_dtype = dtype_of(target, op);
-    require(is_floating(params.input_dtype), op, "input must be of a floating dtype");
-    readable(input, op);
-    readable(target, op);
-    require_class_count(op, input);
-    input = readable_logits(input);
-    sizes = sizes_of(input);
-    read_target(op);
-
-    view = view_logits(sizes, strides_of(input), options.per_image);
-    if (params.soft_labels) params.target_layout = layout_under(view, target, op);
-    params.samples = view.samples;
-    params.classes = view.classes;
-    params.pixels = view.pixels;
-    params.groups = options.per_image ? params.samples : 1;
-    params.input_layout = view.layout;
-    params.input = readable(input, op);
-    params.target = readable(target, op);
-    params.ignore_index = options.ignore_index;
-    params.first_label = params.classes == 1 && params.activation != Activation::kSoftmax ? 1 : 0;
-    class_weights = ClassWeights(op, weight, params.classes, float64());
-    pos_weights = ClassWeights(op, pos_weight, params.classes, float64());
+  Call(const char* op, const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+       const std::optional<Tensor>& pixel_weight, const std::optional<Tensor>& pos_weight,
+       const SegmentationOptions& given)
+      : SegmentationCall(op, input, target, pixel_weight, given),
+        class_weights(op, weight, params.classes, float64()),
+        pos_weights(op, pos_weight, params.classes, float64()) {
     params.weight = class_weights.data();
     params.weight_sum = class_weights.sum(params.classes);
     params.pos_weight = pos_weights.data();
-    read_pixel_weight(op);
-
-    require(params.activation != Activation::kSoftmax || params.classes != 1, op, "softmax needs two classes");
-    require(params.soft_labels || params.target_dtype != DType::kBool || params.first_label == 1, op,
-            "target indices of dtype bool are for one class");
-    chosen = options.classes;
-    std::vector<bool> seen(chosen.empty() ? 0 : params.classes);
-    for (int64_t c : chosen) {
-      require(c >= 0 && c < params.classes && !seen[c], op, "classes must be different ones in [0, C)");
-      seen[c] = true;
-    }
-    if (chosen.empty()) {
-      for (int64_t c = 0; c < params.classes; ++c) chosen.push_back(c);
-    }
-    const bool empty = params.classes == 0 || params.samples * params.pixels == 0;
-    chunks = empty ? 0 : params.samples * segmentation_chunks_per_sample(params.classes, params.samples, params.pixels);
+    chunks =
+        empty() ? 0 : params.samples * segmentation_chunks_per_sample(params.classes, params.samples, params.pixels);
   }
 
-  bool float64() const { return params.input_dtype == DType::kFloat64; }
-  ScalarType compute_type() const { return float64() ? ScalarType::Double : ScalarType::Float; }
-  int64_t pixel_count() const { return params.samples * params.pixels; }
-
-  // Statistics: (2 N S + the table) of the compute type: maximum (N S) and sum (N S) under softmax, then the bytes of
-  // the table's doubles.
-  int64_t pixel_statistics() const { return params.activation == Activation::kSoftmax ? 2 * pixel_count() : 0; }
-  int64_t number_bytes() const { return static_cast<int64_t>(float64() ? sizeof(double) : sizeof(float)); }
-  int64_t statistics_size() const {
-    const int64_t table_bytes = Table::size(params.groups, params.classes) * static_cast<int64_t>(sizeof(double));
-    return pixel_statistics() + table_bytes / number_bytes();
-  }
   // Of float32 a number of the table is the sum of two: a double's bytes would be a NaN now and then, for whoever
   // looks.
   void keep(const Table& table, void* statistics) const {
@@ -207,24 +96,6 @@ struct Call {
     }
     return table;
   }
-  void point_into(void* statistics) {
-    if (pixel_statistics() == 0) return;
-    params.maximum = statistics;
-    params.sum = static_cast<char*>(statistics) + pixel_count() * number_bytes();
-  }
-
-  std::vector<int64_t> output_sizes() const {
-    const int64_t groups = options.per_image ? sizes[0] : 1;
-    switch (output) {
-      case Output::kEach:
-        return params.overlap ? std::vector<int64_t>{groups, static_cast<int64_t>(chosen.size())} : pixel_sizes(input);
-      case Output::kStatistics:
-        return {3, groups, params.classes};
-      default:
-        return {};
-    }
-  }
-
   double cross_entropy_divisor(const Table& table) const {
     const bool by_label = params.activation == Activation::kSoftmax && !params.soft_labels;
     return by_label ? table.label_weight() : table.all_pixel_weights();
@@ -265,40 +136,6 @@ struct Call {
         f(g, static_cast<int64_t>(k), share);
       }
     }
-  }
-
- private:
-  void read_target(const char* op) {
-    target_sizes = sizes_of(target);
-    params.soft_labels = target_sizes == sizes;
-    if (!params.soft_labels) {
-      require(target_sizes == pixel_sizes(input), op,
-              "target must have input's shape, or it without the class dimension");
-      require(!is_floating(params.target_dtype), op, "target indices must be of an integer dtype or bool");
-      if (!target.is_contiguous()) target = torch::stable::contiguous(target);
-      return;
-    }
-    if (is_floating(params.target_dtype)) {
-      require(float64() == (params.target_dtype == DType::kFloat64), op,
-              "input and target must both be of float64, or none");
-    } else {
-      require(params.target_dtype == DType::kBool || params.target_dtype == DType::kUInt8, op,
-              "a target mask must be of dtype bool or uint8");
-      require(params.activation != Activation::kSoftmax, op, "a target mask is for sigmoid or no activation");
-    }
-    target = in_order_of(target, input);
-  }
-
-  void read_pixel_weight(const char* op) {
-    if (!pixel_weight.has_value()) return;
-    params.pixel_weight_dtype = dtype_of(*pixel_weight, op);
-    require(is_floating(params.pixel_weight_dtype) || params.pixel_weight_dtype == DType::kBool, op,
-            "pixel_weight must be of a floating dtype or bool");
-    require(sizes_of(*pixel_weight) == pixel_sizes(input), op,
-            "pixel_weight must have input's shape without the class dimension");
-    readable(*pixel_weight, op);
-    if (!pixel_weight->is_contiguous()) pixel_weight = torch::stable::contiguous(*pixel_weight);
-    params.pixel_weight = pixel_weight->const_data_ptr();
   }
 };
 
@@ -387,7 +224,8 @@ double number_at(const Tensor& tensor, int64_t i) {
 std::tuple<Tensor, Tensor, Tensor> forward(const char* op, const Tensor& input, const Tensor& target,
                                            const std::optional<Tensor>& weight,
                                            const std::optional<Tensor>& pixel_weight,
-                                           const std::optional<Tensor>& pos_weight, const Options& options, bool keep) {
+                                           const std::optional<Tensor>& pos_weight, const SegmentationOptions& options,
+                                           bool keep) {
   Call call(op, input, target, weight, pixel_weight, pos_weight, options);
   SegmentationParams& params = call.params;
   const ScalarType dtype = call.compute_type();
@@ -463,7 +301,7 @@ std::vector<double> table_gradients(const Call& call, const Table& table, const 
 }  // namespace
 
 #define FUSEDLOSS_SEGMENTATION_OPTIONS                                                                   \
-  Options {                                                                                              \
+  SegmentationOptions {                                                                                  \
     activation, ignore_index, output, cross_entropy, iou, brier, {alpha, beta, smooth, eps, gamma, log}, \
         label_smoothing, std::move(classes), per_image, absent, intersection                             \
   }
@@ -474,7 +312,7 @@ std::tuple<Tensor, Tensor> segmentation(Tensor input, Tensor target, std::option
                                         double iou, double brier, double alpha, double beta, double label_smoothing,
                                         std::vector<int64_t> classes, bool per_image, int64_t absent, double smooth,
                                         double eps, bool log, double gamma, int64_t intersection) {
-  const Options options = FUSEDLOSS_SEGMENTATION_OPTIONS;
+  const SegmentationOptions options = FUSEDLOSS_SEGMENTATION_OPTIONS;
   auto result = forward("segmentation", input, target, weight, pixel_weight, pos_weight, options, false);
   return {std::get<0>(result), std::get<1>(result)};
 }
@@ -487,7 +325,7 @@ std::tuple<Tensor, Tensor, Tensor> segmentation_forward(Tensor input, Tensor tar
                                                         double label_smoothing, std::vector<int64_t> classes,
                                                         bool per_image, int64_t absent, double smooth, double eps,
                                                         bool log, double gamma, int64_t intersection, bool keep) {
-  const Options options = FUSEDLOSS_SEGMENTATION_OPTIONS;
+  const SegmentationOptions options = FUSEDLOSS_SEGMENTATION_OPTIONS;
   return forward("segmentation", input, target, weight, pixel_weight, pos_weight, options, keep);
 }
 
@@ -498,7 +336,7 @@ Tensor segmentation_backward(Tensor grad, Tensor input, Tensor target, std::opti
                              std::vector<int64_t> classes, bool per_image, int64_t absent, double smooth, double eps,
                              bool log, double gamma, int64_t intersection, int64_t operand) {
   constexpr const char* op = "_segmentation_backward";
-  const Options options = FUSEDLOSS_SEGMENTATION_OPTIONS;
+  const SegmentationOptions options = FUSEDLOSS_SEGMENTATION_OPTIONS;
   Call call(op, input, target, weight, pixel_weight, pos_weight, options);
   SegmentationParams& params = call.params;
   require(operand == 0 || (operand == 1 && params.soft_labels && is_floating(params.target_dtype)), op,

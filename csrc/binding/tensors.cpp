@@ -51,12 +51,20 @@ Keep keep_of(int64_t value, const char* op) {
   return static_cast<Keep>(value);
 }
 
-Tensor allocate(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
+namespace {
+
+Tensor allocate_on(int32_t device_type, int32_t device_index, const std::vector<int64_t>& sizes,
+                   const std::vector<int64_t>& strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                  static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0,
-                                                  &handle));
-  Tensor tensor(handle);
+                                                  static_cast<int32_t>(dtype), device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+}  // namespace
+
+Tensor allocate(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
+  Tensor tensor = allocate_on(aoti_torch_device_type_cpu(), 0, sizes, strides, dtype);
   int64_t elements = 1;
   for (int64_t size : sizes) elements *= size;
   if (elements >= kHugePageBytes / 8) {
@@ -64,6 +72,14 @@ Tensor allocate(const std::vector<int64_t>& sizes, const std::vector<int64_t>& s
     advise_huge_pages(tensor.mutable_data_ptr(), bytes);
   }
   return tensor;
+}
+
+Tensor allocate_like(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                     ScalarType dtype) {
+  if (like.is_cpu()) return allocate(sizes, strides, dtype);
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  return allocate_on(device_type, like.get_device_index(), sizes, strides, dtype);
 }
 
 std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {

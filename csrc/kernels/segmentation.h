@@ -17,12 +17,24 @@ namespace fusedloss {
 enum class Activation : int { kSoftmax = 0, kSigmoid = 1, kNone = 2 };
 enum class Intersection : int { kMinimum = 0, kProduct = 1 };
 
+// What an op gives as its value.
+enum class Output : int {
+  kEach = 0,        // the overlap loss of each group and chosen class (G, K), or the loss of each pixel
+  kMean = 1,        // the weighted sum of the terms' means
+  kSum = 2,         // likewise of their sums
+  kStatistics = 3,  // I, P and T: (3, G, C)
+};
+
+// Does a class with T = 0 count in its group?
+enum class Absent : int { kSkip = 0, kCount = 1, kZero = 2 };
+
 // A: the compute type, double for float64 input and float for all other.
 struct SegmentationParams {
-  int64_t samples;  // N
-  int64_t classes;  // C
-  int64_t pixels;   // S, of one sample
-  int64_t groups;   // G: N, or 1; sample n is in group n or 0
+  int64_t samples;       // N
+  int64_t classes;       // C
+  int64_t pixels;        // S, of one sample
+  int64_t groups;        // G: N, or 1; sample n is in group n or 0
+  int64_t image_pixels;  // of one image: S, but where several images are folded into one sample
 
   Activation activation;
   Intersection intersection;

@@ -8,6 +8,7 @@
 
 namespace fusedloss::math {
 
+// The coefficients are functions, because device code may use a constant array only where it is declared in place.
 template <class E>
 struct ElementaryConstants;
 
@@ -25,16 +26,22 @@ struct ElementaryConstants<float> {
   static constexpr int32_t sqrt_half_bits = 0x3f3504f3;
   // 2^f on [-1/2, 1/2], lowest order first; relative error 2e-9.
   static constexpr int exp2_degree = 6;
-  static constexpr float exp2_coefficients[7] = {1.0f,
-                                                 0.6931472028559701f,
-                                                 0.24022647913498202f,
-                                                 0.055503324696931644f,
-                                                 0.009618437366505061f,
-                                                 0.0013398874866911f,
-                                                 0.00015353360507637f};
+  FUSEDLOSS_HOST_DEVICE static constexpr float exp2_coefficient(int k) {
+    constexpr float values[7] = {1.0f,
+                                 0.6931472028559701f,
+                                 0.24022647913498202f,
+                                 0.055503324696931644f,
+                                 0.009618437366505061f,
+                                 0.0013398874866911f,
+                                 0.00015353360507637f};
+    return values[k];
+  }
   // log((1 + s) / (1 - s)) = 2 s + s R(s^2); FreeBSD's e_logf.c gives the fit and its error, 2^-34.
   static constexpr int log_terms = 4;
-  static constexpr float log_coefficients[4] = {0.66666662693f, 0.40000972152f, 0.28498786688f, 0.24279078841f};
+  FUSEDLOSS_HOST_DEVICE static constexpr float log_coefficient(int k) {
+    constexpr float values[4] = {0.66666662693f, 0.40000972152f, 0.28498786688f, 0.24279078841f};
+    return values[k];
+  }
 };
 
 template <>
@@ -50,23 +57,29 @@ struct ElementaryConstants<double> {
   static constexpr int64_t sqrt_half_bits = 0x3fe6a09e667f3bcd;
   // Relative error 3e-18.
   static constexpr int exp2_degree = 11;
-  static constexpr double exp2_coefficients[12] = {1.0,
-                                                   0.6931471805599453,
-                                                   0.24022650695910158,
-                                                   0.055504108664821625,
-                                                   0.009618129107587256,
-                                                   0.001333355814640647,
-                                                   0.00015403530463724353,
-                                                   1.5252733841556773e-05,
-                                                   1.3215432535912375e-06,
-                                                   1.0178057087733941e-07,
-                                                   7.074194297288521e-09,
-                                                   4.4558179083360645e-10};
+  FUSEDLOSS_HOST_DEVICE static constexpr double exp2_coefficient(int k) {
+    constexpr double values[12] = {1.0,
+                                   0.6931471805599453,
+                                   0.24022650695910158,
+                                   0.055504108664821625,
+                                   0.009618129107587256,
+                                   0.001333355814640647,
+                                   0.00015403530463724353,
+                                   1.5252733841556773e-05,
+                                   1.3215432535912375e-06,
+                                   1.0178057087733941e-07,
+                                   7.074194297288521e-09,
+                                   4.4558179083360645e-10};
+    return values[k];
+  }
   // FreeBSD's e_log.c, error 2^-58.
   static constexpr int log_terms = 7;
-  static constexpr double log_coefficients[7] = {
-      6.666666666666735130e-01, 3.999999999940941908e-01, 2.857142874366239149e-01, 2.222219843214978396e-01,
-      1.818357216161805012e-01, 1.531383769920937332e-01, 1.479819860511658591e-01};
+  FUSEDLOSS_HOST_DEVICE static constexpr double log_coefficient(int k) {
+    constexpr double values[7] = {6.666666666666735130e-01, 3.999999999940941908e-01, 2.857142874366239149e-01,
+                                  2.222219843214978396e-01, 1.818357216161805012e-01, 1.531383769920937332e-01,
+                                  1.479819860511658591e-01};
+    return values[k];
+  }
 };
 
 template <class Real>
@@ -76,13 +89,17 @@ using Constants = ElementaryConstants<Element<Real>>;
 template <class Real>
 FUSEDLOSS_HOST_DEVICE Real exp2(Real t) {
   using K = Constants<Real>;
+#if defined(__CUDA_ARCH__)
+  // The hardware has one instruction for it, with an error of two units in the last place.
+  if constexpr (sizeof(Real) == sizeof(float)) return ::exp2f(t);
+#endif
   const Real floor = splat<Real>(K::exponent_floor);
   t = t < floor ? floor : t;                                           // written so that NaN stays NaN
   const Real magic = splat<Real>(K::round_magic - K::exponent_floor);  // with the bias of the exponent
   const Real shifted = t + magic;
   const Real fraction = t - (shifted - magic);  // exact, in [-1/2, 1/2]
-  Real power = splat<Real>(K::exp2_coefficients[K::exp2_degree]);
-  for (int k = K::exp2_degree - 1; k >= 0; --k) power = power * fraction + K::exp2_coefficients[k];
+  Real power = splat<Real>(K::exp2_coefficient(K::exp2_degree));
+  for (int k = K::exp2_degree - 1; k >= 0; --k) power = power * fraction + K::exp2_coefficient(k);
   // The low bits of `shifted`, moved up into the exponent, are 2^integer part. A product and not a sum of bits: of a
   // NaN the low bits are anything, and a sum could turn it into a number.
   using U = UnsignedBits<Real>;
@@ -112,8 +129,8 @@ FUSEDLOSS_HOST_DEVICE Real log(Real x) {
   const Real f = mantissa - Element<Real>(1);
   const Real s = f / (f + Element<Real>(2));
   const Real z = s * s;
-  Real r = splat<Real>(K::log_coefficients[K::log_terms - 1]);
-  for (int k = K::log_terms - 2; k >= 0; --k) r = r * z + K::log_coefficients[k];
+  Real r = splat<Real>(K::log_coefficient(K::log_terms - 1));
+  for (int k = K::log_terms - 2; k >= 0; --k) r = r * z + K::log_coefficient(k);
   r = r * z;
   const Real half_square = f * f * Element<Real>(0.5);
   const Real value = e * K::ln2_high + (f - (half_square - (s * (half_square + r) + e * K::ln2_low)));

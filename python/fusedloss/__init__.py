@@ -14,6 +14,7 @@ from fusedloss.functional import (
     soft_iou_loss,
     tversky_loss,
 )
+from fusedloss.labels import check_labels, set_label_checks
 from fusedloss.modules import (
     BrierLoss,
     CrossEntropyLoss,
@@ -36,12 +37,14 @@ __all__ = [
     "TverskyLoss",
     "__version__",
     "brier_loss",
+    "check_labels",
     "cross_entropy",
     "dice_loss",
     "mse_loss",
     "overlap_statistics",
     "reference",
     "segmentation_loss",
+    "set_label_checks",
     "show_config",
     "soft_iou_loss",
     "tversky_loss",

@@ -95,10 +95,11 @@ def _saved_tensors_are_hooked() -> bool:
 class _Function(torch.autograd.Function):
     """Two ways to the gradient of the input.
 
-    Where it is the only one asked for, and the loss one number, the forward writes it at once, for an incoming gradient
-    of 1: one read of the logits less. That is the usual call, ``loss(...).backward()``. For another one it is written
-    again, which costs what the other way costs. Otherwise, where hooks wait for what is saved, and where a tracer looks
-    on (which would copy what is written in place), the forward keeps statistics and the backward reads the input again.
+    On the CPU, where it is the only one asked for, and the loss one number, the forward writes it at once, for an
+    incoming gradient of 1: one read of the logits less. That is the usual call, ``loss(...).backward()``. For another
+    one it is written again, which costs what the other way costs. Otherwise, where hooks wait for what is saved, and
+    where a tracer looks on (which would copy what is written in place), the forward keeps statistics and the backward
+    reads the input again.
     """
 
     # `forward(ctx, ...)` instead of `setup_context`: half the time per call, and no transform comes through this door.
@@ -196,9 +197,31 @@ def _kernel_of_public_op(loss: Loss) -> Callable[..., Any]:
 _REDUCTIONS = ("none", "mean", "sum")
 
 
+def _with_nan_for_bad_labels(
+    input: Tensor, target: Tensor, ignore_index: int, classes: int, class_dim: int
+) -> tuple[Tensor, Tensor]:
+    """What the reference may be given on a GPU: there, indexing with a bad label would end every use of the device.
+
+    The pixel of a bad label has NaN as logits, so that its value and gradient are NaN, as the kernels make them. (In a
+    transform this cannot be recorded.)
+    """
+    if target.is_floating_point() or target.dtype is torch.bool or not _ops.runs_cuda_kernels(input.device):
+        return input, target
+    if target.shape == input.shape and input.shape[class_dim] != 1:
+        bad = of_input = (target != 0) & (target != 1)
+    else:
+        bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
+        of_input = bad if target.dim() == input.dim() else bad.unsqueeze(class_dim)
+    # Added, since what where() leaves out would have a gradient of 0.
+    input = input + torch.where(of_input, torch.nan, 0.0).to(input.dtype)
+    return input, torch.where(bad, 1 if ignore_index == 0 and classes > 1 else 0, target)
+
+
 def _reference_cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: int, label_smoothing: float
 ) -> Tensor:
+    class_dim = 0 if input.dim() == 1 else 1
+    input, target = _with_nan_for_bad_labels(input, target, ignore_index, input.shape[class_dim], class_dim)
     return reference.cross_entropy(
         input,
         target,
@@ -274,6 +297,7 @@ def _reference_segmentation(
     gamma: float,
     intersection: int,
 ) -> tuple[Tensor, Tensor]:
+    input, target = _with_nan_for_bad_labels(input, target, ignore_index, max(input.shape[1], 2), 1)
     shared: dict[str, Any] = {
         "activation": _ACTIVATIONS[activation],
         "pixel_weight": pixel_weight,
@@ -330,6 +354,11 @@ def _segmentation_rescale(*arguments: Any) -> None:
     raise AssertionError("the gradient of an overlap is not known in the forward")
 
 
+def _gradient_in_forward(tensors: Tensors) -> bool:
+    input = tensors[0]
+    return input is not None and _ops.gradient_in_forward(input.device)
+
+
 CROSS_ENTROPY = Loss(
     "cross_entropy",
     3,
@@ -337,7 +366,7 @@ CROSS_ENTROPY = Loss(
     _ops.cross_entropy_forward,
     _ops.cross_entropy_rescale,
     _cross_entropy_backward,
-    lambda tensors, options: options[1] != _ops.NONE,
+    lambda tensors, options: options[1] != _ops.NONE and _gradient_in_forward(tensors),
     _reference_cross_entropy,
 )
 MSE_LOSS = Loss(
@@ -347,7 +376,7 @@ MSE_LOSS = Loss(
     _ops.mse_loss_forward,
     _ops.mse_loss_rescale,
     _ops.mse_loss_backward,
-    lambda tensors, options: options[0] != _ops.NONE and tensors[2] is None,
+    lambda tensors, options: options[0] != _ops.NONE and tensors[2] is None and _gradient_in_forward(tensors),
     _reference_mse_loss,
 )
 

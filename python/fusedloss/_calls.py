@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusedloss import _autograd
+from fusedloss import _autograd, _ops, labels
 from fusedloss._checks import ABSENT, ACTIVATIONS, HALF_DTYPES, INTERSECTIONS, LABEL_DTYPES, REDUCTIONS
 
 
@@ -42,6 +42,8 @@ def cross_entropy(
         (ignore_index, REDUCTIONS[reduction], label_smoothing),
         float32_loss,
     )
+    if labels.checked_in_each_call:
+        labels.check_call("cross_entropy", input, target, ignore_index)
     return loss
 
 
@@ -93,7 +95,9 @@ def _broadcast_mse_loss(input: Tensor, target: Tensor, reduction: str, weight: T
 def _require_kernels(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
     # The ops alone would take meta tensors, for which tracing gave them shapes.
     if not (input.is_cpu and target.is_cpu and (weight is None or weight.is_cpu)):
-        raise ValueError("no kernels for this device, or tensors on different ones")
+        device = input.device
+        if not _ops.has_kernels(device) or any(t is not None and t.device != device for t in (target, weight)):
+            raise ValueError("no kernels for this device, or tensors on different ones")
 
 
 def segmentation(
@@ -123,7 +127,8 @@ def segmentation(
 ) -> tuple[Tensor, Tensor]:
     """Loss and terms (3,); `output` is a number of _ops.py."""
     _require_kernels(input, target, weight)
-    if not all(w is None or (w.is_cpu and not w.requires_grad) for w in (weight, pixel_weight, pos_weight)):
+    device = input.device
+    if not all(w is None or (w.device == device and not w.requires_grad) for w in (weight, pixel_weight, pos_weight)):
         raise ValueError("weights on another device, or that ask for a gradient")
     if _would_be_misread(
         ignore_index, classes, per_image, log, (cross_entropy, iou, brier, alpha, beta, smooth, eps, gamma)
@@ -160,6 +165,8 @@ def segmentation(
         ),
         False,
     )
+    if labels.checked_in_each_call:
+        labels.check_call("segmentation", input, target, ignore_index)
     return result
 
 

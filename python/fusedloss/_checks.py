@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedloss import _ops
+
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 ACTIVATIONS = {"softmax": 0, "sigmoid": 1, "none": 2}
 ABSENT = {"skip": 0, "count": 1, "zero": 2}
@@ -20,6 +22,8 @@ INTERSECTIONS = {"min": 0, "product": 1}
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 FLOATING_DTYPES = (torch.float32, torch.float64, *HALF_DTYPES)
 LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+REBUILD = "FORCE_CUDA=1 pip install --no-build-isolation ."
+MOST_CHOSEN_FROM_ON_CUDA = 1024  # ChosenClasses::kMost in csrc/kernels/cuda/segmentation.h
 
 
 def _tensor(name: str, argument: str, value: Any, like: Tensor | None = None) -> None:
@@ -30,14 +34,19 @@ def _tensor(name: str, argument: str, value: Any, like: Tensor | None = None) ->
         raise ValueError(
             f"{name}: `{argument}` must be a dense tensor (use .to_dense() or .to_padded_tensor()), got {kind}"
         )
-    if value.device.type != "cpu":
+    if not _ops.has_kernels(value.device):
         other = (
             f"torch.nn.functional.{name}" if name in ("cross_entropy", "mse_loss") else f"fusedloss.reference.{name}"
         )
-        raise ValueError(
-            f"{name}: `{argument}` must be on the CPU, the only device that this build has kernels for, "
-            f"got {value.device} ({other} takes it)"
-        )
+        if value.device.type == "cuda":
+            raise ValueError(
+                f"{name}: `{argument}` must be on the CPU, got {value.device}, and {_ops.CUDA_REFUSED}: "
+                f"beside a torch that has CUDA, `{REBUILD}` in fusedloss's sources builds its kernels"
+            )
+        where = "on the CPU, the only device that this build has kernels for"
+        if _ops.CUDA_REFUSED is None:
+            where = "on the CPU or a CUDA device, which alone have kernels"
+        raise ValueError(f"{name}: `{argument}` must be {where}, got {value.device} ({other} takes it)")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: `{argument}` must be on input's device, {like.device}, got {value.device}")
 
@@ -192,6 +201,11 @@ def check_segmentation(name: str, input: Any, target: Any, weight: Any, options:
     _weights(name, "pixel_weight", options["pixel_weight"], pixel_shape, input, (*FLOATING_DTYPES, torch.bool))
     if options.get("classes") is not None:
         _classes(name, options["classes"], classes)
+        if classes > MOST_CHOSEN_FROM_ON_CUDA and _ops.runs_cuda_kernels(input.device):
+            raise ValueError(
+                f"{name}: `classes` must be None on CUDA with more than {MOST_CHOSEN_FROM_ON_CUDA} classes, "
+                f"got {len(options['classes'])} of {classes} (fusedloss.reference.{name} takes them)"
+            )
 
 
 def _segmentation_target(name: str, input: Tensor, target: Tensor, activation: str, ignore_index: int) -> None:

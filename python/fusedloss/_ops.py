@@ -7,7 +7,9 @@ can trace it; ``_autograd.py`` gives the derivatives.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,8 +35,62 @@ SOFTMAX, SIGMOID, NO_ACTIVATION = 0, 1, 2
 KEEP_NOTHING, KEEP_STATISTICS, KEEP_GRADIENT = 0, 1, 2  # what a forward op gives as its second result
 
 
+# --- the second library: CUDA kernels ---------------------------------------------------------------------------------
+
+
+def _load_cuda(library: Path, cuda_of_torch: str | None) -> str | None:
+    """Load the CUDA kernels. Why they cannot run here, or None where they can."""
+    if cuda_of_torch is None:
+        return "the installed torch has no CUDA"
+    if not library.exists():
+        return "fusedloss was built without CUDA kernels"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"{library.name} does not load ({' '.join(str(error).split())})"
+    return None
+
+
+CUDA_REFUSED: str | None = _load_cuda(Path(_C.__file__).with_name("_C_cuda.so"), torch.version.cuda)
+
+# For the tests alone: a library of the CUDA sources compiled for the CPU, which takes the place of the CPU kernels.
+_host_library = os.environ.get("FUSEDLOSS_TEST_CUDA_HOST")
+if _host_library:
+    torch.ops.load_library(_host_library)
+
+
+def runs_cuda_kernels(device: torch.device) -> bool:
+    """Whether the CUDA sources run there: a bad label is then recorded, not raised, and some limits are narrower."""
+    return device.type == "cuda" or (device.type == "cpu" and bool(_host_library))
+
+
+def gradient_in_forward(device: torch.device) -> bool:
+    """Whether the forward can write the gradient there (``KEEP_GRADIENT``)."""
+    return not runs_cuda_kernels(device)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether anything of ours runs there."""
+    return device.type == "cpu" or (device.type == "cuda" and CUDA_REFUSED is None)
+
+
+def bad_label_record(device: torch.device) -> Tensor:
+    """The device's memory of a bad label, itself and not a copy: (4,) int64; found, value, flat position, classes."""
+    record: Tensor = torch.ops.fusedloss._bad_label_record.default(torch.empty(0, device=device))
+    return record
+
+
+def devices_with_records() -> list[torch.device]:
+    """Those on which a bad label may have been recorded. Asking starts no device that is not in use."""
+    devices = [torch.device("cpu")] if _host_library else []
+    if CUDA_REFUSED is None and torch.cuda.is_initialized():
+        is_in_use: Callable[[int], bool] = vars(torch._C)["_cuda_hasPrimaryContext"]  # a torch with CUDA has it
+        devices += [torch.device("cuda", k) for k in range(torch.cuda.device_count()) if is_in_use(k)]
+    return devices
+
+
 def show_config() -> str:
-    """Tell how the binary was built and which instruction-set level it runs.
+    """Tell how the binary was built, which instruction-set level it runs, and whether it has CUDA kernels.
 
     Returns:
         A text of several lines, for bug reports.
@@ -48,6 +104,9 @@ def show_config() -> str:
     lines.append(f"  running torch: {torch.__version__}")
     lines.append(f"  cpu capability: {_C.get_cpu_capability()} (of {', '.join(_C.cpu_capabilities())})")
     lines.append(f"  threads: {torch.get_num_threads()}")
+    lines.append(f"  cuda kernels: {f'none, as {CUDA_REFUSED}' if CUDA_REFUSED else 'loaded'}")
+    if _host_library:
+        lines.append(f"  cpu kernels: replaced for tests by {_host_library}")
     return "\n".join(lines)
 
 
@@ -111,7 +170,7 @@ def _logit_strides(input: Tensor) -> list[Any]:
 
 
 def _dense_strides(tensor: Tensor) -> list[Any]:
-    """The tensor's strides where it is dense, else contiguous: csrc/binding/mse_loss.cpp, dense_strides."""
+    """The tensor's strides where it is dense, else contiguous: csrc/binding/mse_loss_call.cpp, dense_strides."""
     shape, strides = list(tensor.shape), list(tensor.stride())
     expected: Any = 1
     for stride, size in sorted((s, n) for s, n in zip(strides, shape, strict=True) if n != 1):

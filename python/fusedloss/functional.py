@@ -86,13 +86,15 @@ def cross_entropy(
     Raises:
         ValueError: a wrong shape, option or mix of devices.
         TypeError: a wrong type or dtype.
-        IndexError: a label that is neither in [0, C) nor ``ignore_index``; names it and its position.
+        IndexError: a label that is neither in [0, C) nor ``ignore_index``; names it and its position. On CUDA the
+            pixel's value and gradient are NaN instead, and :func:`fusedloss.check_labels` raises.
 
     Note:
         Sums are formed in float32 within a chunk of pixels and in float64 across chunks (float64 inputs: float64
         throughout), in an order fixed by the shape: the same bits on every run and for every number of threads.
-        Where the gradient of ``input`` alone is asked for and the loss is one number, the forward writes it at once, in
-        the logits' memory format, and the backward hands it over; otherwise 8 bytes a pixel are kept (16 for float64).
+        On the CPU, where the gradient of ``input`` alone is asked for and the loss is one number, the forward writes it
+        at once, in the logits' memory format, and the backward hands it over; otherwise, and on CUDA, 8 bytes a pixel
+        are kept (16 for float64).
         As everywhere in autograd, ``input`` must not be changed in place between forward and backward.
         Double backward, forward mode and the transforms of :mod:`torch.func` run the formula of
         :func:`fusedloss.reference.cross_entropy`.
@@ -148,8 +150,9 @@ def mse_loss(input: Tensor, target: Tensor, *, reduction: str = "mean", weight: 
         TypeError: a wrong type or dtype.
 
     Note:
-        Each operand is read once forward and once backward, whatever its strides and dtype; where the gradient of
-        ``input`` alone is asked for, of one unweighted number, the forward writes it at once and nothing is read again.
+        Each operand is read once forward and once backward, whatever its strides and dtype; on the CPU, where the
+        gradient of ``input`` alone is asked for, of one unweighted number, the forward writes it at once and nothing is
+        read again.
         Gradients go to ``input``, ``target`` and ``weight``, and only those asked for are computed; that of a broadcast
         operand is first formed in the broadcast shape. Sums are formed as in :func:`cross_entropy`: the same bits for
         every number of threads.
@@ -215,7 +218,8 @@ def soft_iou_loss(
         ignore_index: a class index that adds exactly nothing to value and gradient, whatever the logits there hold. It
             is compared after widening (-100 never equals a uint8 label) and may lie inside [0, C). With a label for
             each class it has to be negative: use ``pixel_weight``.
-        classes: the different classes to count, in the order of the result of "none"; None for all.
+        classes: the different classes to count, in the order of the result of "none"; None for all. On CUDA ``input``
+            has at most 1024 classes where some are chosen.
         per_image: each image is a group of its own, instead of the whole batch being one.
         absent: a class that no pixel of its group is labelled with (T = 0) does not count ("skip"), counts by the
             formula ("count"), or counts with loss 0 ("zero"). In a group whose pixels are all ignored no class counts.
@@ -233,7 +237,8 @@ def soft_iou_loss(
     Raises:
         ValueError: a wrong shape, option or mix of devices; a weight that requires a gradient.
         TypeError: a wrong type or dtype.
-        IndexError: a label that is neither in its range nor ``ignore_index``; names it and its position.
+        IndexError: a label that is neither in its range nor ``ignore_index``; names it and its position. On CUDA the
+            pixel's value and gradient are NaN instead, and :func:`fusedloss.check_labels` raises.
 
     Note:
         Gradients go to ``input`` and to soft labels; at p = y the derivative of the minimum is half for each. Sums are
@@ -627,6 +632,8 @@ def _segmentation(
             output = _checks.REDUCTIONS[options.get("reduction", "mean")]
         return _calls.segmentation(input, target, weight, output=output, **passed)
     except IndexError as error:
+        if str(error).startswith("check_labels:"):
+            raise  # about another call
         if target.shape == input.shape:
             ignore_index = options["ignore_index"]
             position, value = _calls.bad_mask_value(target, ignore_index)

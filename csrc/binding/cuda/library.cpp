@@ -1,0 +1,36 @@
+// The ops for CUDA devices; binding/library.cpp gives their schemas. Under FUSEDLOSS_CUDA_ON_HOST they take the place
+// of those for the CPU.
+#include <torch/csrc/stable/library.h>
+
+#include "binding/cuda/ops.h"
+#include "binding/cuda/records.h"
+
+namespace fusedloss::cuda {
+namespace {
+
+Tensor bad_label_record_of(Tensor like) { return bad_label_record(like); }
+
+}  // namespace
+}  // namespace fusedloss::cuda
+
+#if defined(FUSEDLOSS_CUDA_ON_HOST)
+#define FUSEDLOSS_DEVICE_KEY CPU
+#else
+#define FUSEDLOSS_DEVICE_KEY CUDA
+#endif
+
+// The macro pastes its arguments, so the key has to be spelled out before.
+#define FUSEDLOSS_LIBRARY_IMPL(key, m) STABLE_TORCH_LIBRARY_IMPL(fusedloss, key, m)
+
+FUSEDLOSS_LIBRARY_IMPL(FUSEDLOSS_DEVICE_KEY, m) {
+  m.impl("_bad_label_record", TORCH_BOX(&fusedloss::cuda::bad_label_record_of));
+  m.impl("cross_entropy", TORCH_BOX(&fusedloss::cuda::cross_entropy));
+  m.impl("_cross_entropy_forward", TORCH_BOX(&fusedloss::cuda::cross_entropy_forward));
+  m.impl("_cross_entropy_backward", TORCH_BOX(&fusedloss::cuda::cross_entropy_backward));
+  m.impl("segmentation", TORCH_BOX(&fusedloss::cuda::segmentation));
+  m.impl("_segmentation_forward", TORCH_BOX(&fusedloss::cuda::segmentation_forward));
+  m.impl("_segmentation_backward", TORCH_BOX(&fusedloss::cuda::segmentation_backward));
+  m.impl("mse_loss", TORCH_BOX(&fusedloss::cuda::mse_loss));
+  m.impl("_mse_loss_forward", TORCH_BOX(&fusedloss::cuda::mse_loss_forward));
+  m.impl("_mse_loss_backward", TORCH_BOX(&fusedloss::cuda::mse_loss_backward));
+}
