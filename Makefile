@@ -40,10 +40,10 @@ cuda: build  ## compile the CUDA kernels for several architectures, without a GP
 	$(PY) tools/check_cuda.py
 
 cuda-host: build  ## compile the CUDA kernels for the CPU, where the tests run them thread by thread
-	@$(VENV)/bin/cmake -S . -B $(CUDA_HOST) -G Ninja -DCMAKE_BUILD_TYPE=Release -DFUSEDLOSS_CUDA=OFF \
+	@FORCE_CUDA=0 $(VENV)/bin/cmake -S . -B $(CUDA_HOST) -G Ninja -DCMAKE_BUILD_TYPE=Release \
 	  -DFUSEDLOSS_CUDA_HOST=ON -DPython_EXECUTABLE=$(abspath $(PY)) -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
 	  -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir) > /dev/null
-	$(VENV)/bin/cmake --build $(CUDA_HOST) --target _C_cuda_host
+	FORCE_CUDA=0 $(VENV)/bin/cmake --build $(CUDA_HOST) --target _C_cuda_host
 
 bench: build  ## time the losses against eager PyTorch, torch.compile and the memory's own speed
 	$(PY) -m benchmarks $(ARGS)
@@ -75,7 +75,7 @@ $(STAMPS)/torch: $(STAMPS)/torch-wanted
 # The build tools stand in the environment, because the build is not isolated: it has to see torch.
 $(STAMPS)/built: $(STAMPS)/torch $(BUILD_INPUTS)
 	$(PIP) install --quiet "scikit-build-core>=0.11" "pybind11>=2.13" cmake ninja
-	$(PIP) install --quiet --no-build-isolation -Cbuild-dir=$(BUILD) --editable '.[test,dev,bench,examples]'
+	$(PIP) install --quiet --no-build-isolation --config-settings=build-dir=$(BUILD) --editable '.[test,dev,bench,examples]'
 	@touch $@
 
 FORCE:

@@ -99,6 +99,7 @@ if(FUSEDLOSS_BUILD_CUDA)
   # Of torch's CUDA library two functions are used. A torch without CUDA lacks them, and the library links all the same:
   # it is loaded where they are.
   target_link_libraries(_C_cuda PRIVATE fusedloss_torch)
+  target_link_options(_C_cuda PRIVATE "LINKER:--exclude-libs,ALL")  # CUDA's runtime is inside, and is ours alone
   if(FUSEDLOSS_TORCH_CUDA_LIBRARY)
     target_link_libraries(_C_cuda PRIVATE "${FUSEDLOSS_TORCH_CUDA_LIBRARY}")
   endif()
@@ -106,6 +107,10 @@ if(FUSEDLOSS_BUILD_CUDA)
 endif()
 
 if(FUSEDLOSS_CUDA_HOST)
+  if(FUSEDLOSS_BUILD_CUDA)
+    message(FATAL_ERROR "FUSEDLOSS_CUDA_HOST needs a build folder without the CUDA kernels (FORCE_CUDA=0): "
+                        "a source has one language in a folder")
+  endif()
   add_library(_C_cuda_host MODULE ${FUSEDLOSS_CUDA_KERNELS} ${FUSEDLOSS_CUDA_BINDING} tests/cuda_host/gpu_host.cpp)
   set_source_files_properties(${FUSEDLOSS_CUDA_KERNELS} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++")
   set_target_properties(_C_cuda_host PROPERTIES PREFIX "" SUFFIX ".so" BUILD_RPATH_USE_ORIGIN OFF)

@@ -1,4 +1,5 @@
-// The ops of the CPU library; library.cpp gives their schemas.
+// The ops; library.cpp gives their schemas. Two libraries define them, one for the CPU and one for CUDA devices
+// (cuda/), the latter without those that rescale a gradient. None of the latter waits for the device.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

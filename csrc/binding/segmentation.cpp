@@ -300,12 +300,6 @@ std::vector<double> table_gradients(const Call& call, const Table& table, const 
 
 }  // namespace
 
-#define FUSEDLOSS_SEGMENTATION_OPTIONS                                                                   \
-  SegmentationOptions {                                                                                  \
-    activation, ignore_index, output, cross_entropy, iou, brier, {alpha, beta, smooth, eps, gamma, log}, \
-        label_smoothing, std::move(classes), per_image, absent, intersection                             \
-  }
-
 std::tuple<Tensor, Tensor> segmentation(Tensor input, Tensor target, std::optional<Tensor> weight,
                                         std::optional<Tensor> pixel_weight, std::optional<Tensor> pos_weight,
                                         int64_t activation, int64_t ignore_index, int64_t output, double cross_entropy,
@@ -386,7 +380,5 @@ Tensor segmentation_backward(Tensor grad, Tensor input, Tensor target, std::opti
   });
   return gradient;
 }
-
-#undef FUSEDLOSS_SEGMENTATION_OPTIONS
 
 }  // namespace fusedloss

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "binding/logits.h"
@@ -27,6 +28,13 @@ struct SegmentationOptions {
   int64_t absent;
   int64_t intersection;
 };
+
+// From the ops' arguments, which have these names.
+#define FUSEDLOSS_SEGMENTATION_OPTIONS                                                                   \
+  SegmentationOptions {                                                                                  \
+    activation, ignore_index, output, cross_entropy, iou, brier, {alpha, beta, smooth, eps, gamma, log}, \
+        label_smoothing, std::move(classes), per_image, absent, intersection                             \
+  }
 
 // The arguments after the checks, with whatever had to be copied. The weights of the classes are left to the device:
 // their numbers may not be there to read.

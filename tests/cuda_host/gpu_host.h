@@ -17,7 +17,7 @@
 #define FUSEDLOSS_DEVICE inline __attribute__((always_inline))
 #define FUSEDLOSS_KERNEL(threads) void
 #define FUSEDLOSS_UNROLL
-#define FUSEDLOSS_NO_UNROLL
+#define FUSEDLOSS_UNROLL_BY(turns)
 #define FUSEDLOSS_ARGUMENT const
 
 namespace fusedloss::gpu {

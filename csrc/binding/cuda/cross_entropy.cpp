@@ -7,9 +7,11 @@
 #include "binding/cuda/class_numbers.h"
 #include "binding/cuda/device.h"
 #include "binding/cuda/forward.h"
-#include "binding/cuda/ops.h"
+#include "binding/ops.h"
 
-namespace fusedloss::cuda {
+namespace fusedloss {
+
+using namespace cuda;
 namespace {
 
 struct Call : CrossEntropyCall {
@@ -139,4 +141,4 @@ Tensor cross_entropy_backward(Tensor grad, Tensor input, Tensor target, std::opt
   return gradient;
 }
 
-}  // namespace fusedloss::cuda
+}  // namespace fusedloss

@@ -58,7 +58,6 @@ class DeviceScope {
  public:
 #if defined(FUSEDLOSS_CUDA_ON_HOST)
   explicit DeviceScope(const Tensor&) {}
-  ~DeviceScope() {}
 #else
   explicit DeviceScope(const Tensor& tensor) {
     const int32_t index = tensor.get_device_index();
@@ -68,8 +67,10 @@ class DeviceScope {
   DeviceScope(const DeviceScope&) = delete;
   DeviceScope& operator=(const DeviceScope&) = delete;
 
+#if !defined(FUSEDLOSS_CUDA_ON_HOST)
  private:
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+#endif
 };
 
 // torch's current stream on the tensor's device, a cudaStream_t.

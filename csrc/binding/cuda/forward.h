@@ -25,7 +25,6 @@ inline void run_forward(const char* op, const Tensor& like, ForwardParams& param
   params.accumulators = accumulators > 0 ? finish.losses + losses : nullptr;
 
   finish.chunks = params.chunks;
-  finish.samples = params.samples;
   finish.classes = params.classes;
   finish.groups = params.groups;
   finish.float64 = params.input_dtype == DType::kFloat64;

@@ -2,16 +2,14 @@
 // of those for the CPU.
 #include <torch/csrc/stable/library.h>
 
-#include "binding/cuda/ops.h"
 #include "binding/cuda/records.h"
+#include "binding/ops.h"
 
-namespace fusedloss::cuda {
 namespace {
 
-Tensor bad_label_record_of(Tensor like) { return bad_label_record(like); }
+fusedloss::Tensor bad_label_record(fusedloss::Tensor like) { return fusedloss::cuda::bad_label_record(like); }
 
 }  // namespace
-}  // namespace fusedloss::cuda
 
 #if defined(FUSEDLOSS_CUDA_ON_HOST)
 #define FUSEDLOSS_DEVICE_KEY CPU
@@ -23,14 +21,14 @@ Tensor bad_label_record_of(Tensor like) { return bad_label_record(like); }
 #define FUSEDLOSS_LIBRARY_IMPL(key, m) STABLE_TORCH_LIBRARY_IMPL(fusedloss, key, m)
 
 FUSEDLOSS_LIBRARY_IMPL(FUSEDLOSS_DEVICE_KEY, m) {
-  m.impl("_bad_label_record", TORCH_BOX(&fusedloss::cuda::bad_label_record_of));
-  m.impl("cross_entropy", TORCH_BOX(&fusedloss::cuda::cross_entropy));
-  m.impl("_cross_entropy_forward", TORCH_BOX(&fusedloss::cuda::cross_entropy_forward));
-  m.impl("_cross_entropy_backward", TORCH_BOX(&fusedloss::cuda::cross_entropy_backward));
-  m.impl("segmentation", TORCH_BOX(&fusedloss::cuda::segmentation));
-  m.impl("_segmentation_forward", TORCH_BOX(&fusedloss::cuda::segmentation_forward));
-  m.impl("_segmentation_backward", TORCH_BOX(&fusedloss::cuda::segmentation_backward));
-  m.impl("mse_loss", TORCH_BOX(&fusedloss::cuda::mse_loss));
-  m.impl("_mse_loss_forward", TORCH_BOX(&fusedloss::cuda::mse_loss_forward));
-  m.impl("_mse_loss_backward", TORCH_BOX(&fusedloss::cuda::mse_loss_backward));
+  m.impl("_bad_label_record", TORCH_BOX(&bad_label_record));
+  m.impl("cross_entropy", TORCH_BOX(&fusedloss::cross_entropy));
+  m.impl("_cross_entropy_forward", TORCH_BOX(&fusedloss::cross_entropy_forward));
+  m.impl("_cross_entropy_backward", TORCH_BOX(&fusedloss::cross_entropy_backward));
+  m.impl("segmentation", TORCH_BOX(&fusedloss::segmentation));
+  m.impl("_segmentation_forward", TORCH_BOX(&fusedloss::segmentation_forward));
+  m.impl("_segmentation_backward", TORCH_BOX(&fusedloss::segmentation_backward));
+  m.impl("mse_loss", TORCH_BOX(&fusedloss::mse_loss));
+  m.impl("_mse_loss_forward", TORCH_BOX(&fusedloss::mse_loss_forward));
+  m.impl("_mse_loss_backward", TORCH_BOX(&fusedloss::mse_loss_backward));
 }

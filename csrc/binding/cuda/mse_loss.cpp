@@ -4,11 +4,13 @@
 #include <tuple>
 
 #include "binding/cuda/device.h"
-#include "binding/cuda/ops.h"
 #include "binding/mse_loss_call.h"
+#include "binding/ops.h"
 #include "binding/tensors.h"
 
-namespace fusedloss::cuda {
+namespace fusedloss {
+
+using namespace cuda;
 
 std::tuple<Tensor, Tensor> mse_loss_forward(Tensor input, Tensor target, std::optional<Tensor> weight,
                                             int64_t reduction, bool float32_loss, int64_t keep_argument) {
@@ -93,4 +95,4 @@ Tensor mse_loss_backward(Tensor grad, Tensor input, Tensor target, std::optional
   return gradient;
 }
 
-}  // namespace fusedloss::cuda
+}  // namespace fusedloss

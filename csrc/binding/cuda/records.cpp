@@ -14,8 +14,10 @@ Tensor bad_label_record(const Tensor& like) {
   const int32_t device = like.is_cpu() ? -1 : like.get_device_index();
   auto found = records->find(device);
   if (found == records->end()) {
+    Tensor zeros = allocate({4}, {1}, ScalarType::Long);
+    torch::stable::zero_(zeros);
     Tensor record = allocate_like(like, {4}, {1}, ScalarType::Long);
-    torch::stable::zero_(record);
+    torch::stable::copy_(record, zeros);  // waits once, so that other streams find it filled too
     found = records->emplace(device, record).first;
   }
   return found->second;

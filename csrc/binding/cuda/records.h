@@ -6,8 +6,8 @@
 
 namespace fusedloss::cuda {
 
-// (4,) int64 on the device of `like`: the record itself. Made at the first call on a device, which must therefore not
-// be one that a CUDA graph captures, and kept until the process ends.
+// (4,) int64 on the device of `like`: the record itself. Made at the first call on a device, which waits for it and
+// therefore cannot be one that a CUDA graph captures, and kept until the process ends.
 Tensor bad_label_record(const Tensor& like);
 
 inline BadLabelRecord* bad_label_memory(const Tensor& like) {

@@ -6,9 +6,11 @@
 #include "binding/cuda/class_numbers.h"
 #include "binding/cuda/device.h"
 #include "binding/cuda/forward.h"
-#include "binding/cuda/ops.h"
+#include "binding/ops.h"
 
-namespace fusedloss::cuda {
+namespace fusedloss {
+
+using namespace cuda;
 namespace {
 
 struct Call : SegmentationCall {
@@ -95,12 +97,6 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& ta
 
 }  // namespace
 
-#define FUSEDLOSS_SEGMENTATION_OPTIONS                                                                   \
-  SegmentationOptions {                                                                                  \
-    activation, ignore_index, output, cross_entropy, iou, brier, {alpha, beta, smooth, eps, gamma, log}, \
-        label_smoothing, std::move(classes), per_image, absent, intersection                             \
-  }
-
 std::tuple<Tensor, Tensor> segmentation(Tensor input, Tensor target, std::optional<Tensor> weight,
                                         std::optional<Tensor> pixel_weight, std::optional<Tensor> pos_weight,
                                         int64_t activation, int64_t ignore_index, int64_t output, double cross_entropy,
@@ -167,6 +163,4 @@ Tensor segmentation_backward(Tensor grad, Tensor input, Tensor target, std::opti
   return gradient;
 }
 
-#undef FUSEDLOSS_SEGMENTATION_OPTIONS
-
-}  // namespace fusedloss::cuda
+}  // namespace fusedloss

@@ -354,25 +354,27 @@ void backward_softmax(SegmentationBlock<T>& block, const ClassGradients<ComputeT
   const A g = static_cast<A>(params.cross_entropy ? params.cross_entropy_scale : 0.0);
   if (params.soft_labels) {
     for (int i = 0; i < block.padded; ++i) {
-      pixels.common[i] = g * square[i] - dot[i];
-      pixels.smoothed[i] = g;
+      const math::SoftmaxTerms<A> terms = math::soft_label_terms<A>(g, square[i], dot[i]);
+      pixels.common[i] = terms.common;
+      pixels.smoothed[i] = terms.smoothed;
     }
   } else {
     alignas(64) A class_weight[kBlock<A>], of_label[kBlock<A>];
     read_class_weights(classes, pixels, block.padded, class_weight);
     for (int i = 0; i < block.padded; ++i) {
       const int64_t c = pixels.place[i];
-      of_label[i] = work.tile[c * work.stride + i] *
-                    (gradients.d_intersection[c] - pixels.squared_error_scale[i] * class_weight[i]);
+      of_label[i] = math::labelled_share<A>(work.tile[c * work.stride + i], gradients.d_intersection[c],
+                                            pixels.squared_error_scale[i], class_weight[i]);
     }
     // Without smoothing a = w: (1 - 0) w + 0 times anything finite.
     const A weight_sum = static_cast<A>(params.weight_sum);
     for (int i = 0; i < block.padded; ++i) {
-      const A m = pixels.weight[i];
-      const A a = math::index_label_a<A>(classes.smoothing, class_weight[i], weight_sum);
-      pixels.common[i] = m * (g * a - (dot[i] + pixels.squared_error_scale[i] * square[i] + of_label[i]));
-      pixels.labelled[i] = m * (of_label[i] - g * classes.smoothing.label * class_weight[i]);
-      pixels.smoothed[i] = m * g * classes.smoothing.every;
+      const math::SoftmaxTerms<A> terms =
+          math::index_label_terms<A>(classes.smoothing, pixels.weight[i], g, class_weight[i], weight_sum,
+                                     dot[i] + pixels.squared_error_scale[i] * square[i], of_label[i]);
+      pixels.common[i] = terms.common;
+      pixels.labelled[i] = terms.labelled;
+      pixels.smoothed[i] = terms.smoothed;
     }
   }
   write_block(block, stream, [&](auto streamed, auto* gradient, int64_t gradient_stride) {

@@ -7,8 +7,7 @@
 #include "kernels/cpu/cross_entropy_tile.h"
 #include "kernels/segmentation.h"
 #include "math/activation.h"
-#include "math/overlap.h"
-#include "math/squared_error.h"
+#include "math/segmentation.h"
 
 namespace fusedloss::cpu::FUSEDLOSS_LEVEL {
 namespace {
@@ -171,17 +170,11 @@ void fill_each(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_str
 // ---------------------------------------------------------------------------------------------------------------------
 // Backward
 
-// dL/dp_c of a pixel but for its weight, from soft labels y_c.
-template <class A, bool kProduct, bool kSquared>
-FUSEDLOSS_HOST_DEVICE Vector<A> probability_gradient(Vector<A> p, Vector<A> y, Vector<A> squared_error_scale, A weight,
-                                                     A d_intersection, A d_predicted) {
-  using V = Vector<A>;
-  const V share = kProduct ? y : math::minimum_derivative<V>(p, y);
-  const V g = d_predicted + d_intersection * share;
-  if constexpr (!kSquared) return g;
-  // Without that term nothing, also where p is infinite.
-  const V square = math::squared_error_gradient<V>(squared_error_scale * weight, p, y);
-  return g + (squared_error_scale == A(0) ? V{} : square);
+// dI/dp_c of the intersection with a soft label.
+template <class A, bool kProduct>
+FUSEDLOSS_HOST_DEVICE Vector<A> intersection_derivative(Vector<A> p, Vector<A> y) {
+  if constexpr (kProduct) return y;
+  return math::minimum_derivative<Vector<A>>(p, y);
 }
 
 // Softmax, first visit: fills the tile with probabilities and sums over the classes what their gradient needs.
@@ -217,7 +210,8 @@ void probabilities(const Classes<ComputeType<T>>& classes, const T* z, int64_t z
         store(tile + c * stride + i + v * lanes, p);
         if constexpr (kSoft) {
           const V label = load<Y>(y + c * y_stride + i + v * lanes);
-          dot[v] += p * probability_gradient<A, kProduct, true>(p, label, scale[v], w, d_intersection, d_predicted);
+          const V share = intersection_derivative<A, kProduct>(p, label);
+          dot[v] += p * math::probability_gradient<true, V>(p, label, share, scale[v], w, d_intersection, d_predicted);
           square[v] += math::soft_label_weight<V>(classes.smoothing, w, label);
         } else {
           dot[v] += d_predicted * p;
@@ -245,9 +239,7 @@ FUSEDLOSS_HOST_DEVICE void write_gradient(T* to, Vector<ComputeType<T>> value, b
   }
 }
 
-// Softmax, second visit: the gradient from the tile of probabilities.
-//   class indices  dz_c = p_c (m (dL/dP_c + s w_c p_c) + K) + [c = y] L - w_c E     (s and E with kFull)
-//   soft labels    dz_c = m (p_c (g_c + K) - E w_c y~_c)
+// Softmax, second visit: the gradient from the tile of probabilities (math/segmentation.h; s and E with kFull).
 template <bool kSoft, bool kProduct, bool kFull, bool kStream, class T, class Y>
 void softmax_gradient(const Classes<ComputeType<T>>& classes, const ComputeType<T>* tile, int64_t stride, const Y* y,
                       int64_t y_stride, int count, const SegmentationPixels<ComputeType<T>>& pixels,
@@ -284,15 +276,14 @@ void softmax_gradient(const Classes<ComputeType<T>>& classes, const ComputeType<
         V value;
         if constexpr (kSoft) {
           const V label_c = load<Y>(y + c * y_stride + i + v * lanes);
-          const V g = probability_gradient<A, kProduct, true>(p, label_c, scale[v], w, d_intersection, d_predicted);
-          value =
-              m[v] * (p * (g + common[v]) - smoothed[v] * math::soft_label_weight<V>(classes.smoothing, w, label_c));
+          const V share = intersection_derivative<A, kProduct>(p, label_c);
+          const V g = math::probability_gradient<true, V>(p, label_c, share, scale[v], w, d_intersection, d_predicted);
+          value = math::soft_label_gradient<V>(p, m[v], g, math::soft_label_weight<V>(classes.smoothing, w, label_c),
+                                               common[v], smoothed[v]);
         } else {
-          V each = d_predicted * m[v] + common[v];
-          if constexpr (kFull) each += scale[v] * m[v] * w * p;
           const V more = label[v] == math::Bits<A>(c) ? labelled[v] : V{};
-          value = p * each + more;
-          if constexpr (kFull) value -= w * smoothed[v];
+          value = math::index_label_gradient<kFull, V>(p, m[v], kFull ? scale[v] : V{}, w, d_predicted, common[v], more,
+                                                       kFull ? smoothed[v] : V{});
         }
         value = m[v] == A(0) ? V{} : value;
         write_gradient<kStream, T>(gradient_row + v * lanes, value, partial(), left);
@@ -329,8 +320,9 @@ void gradient_of_each(const Classes<ComputeType<T>>& classes, const Z* z, int64_
           // Of a hard label the minimum and the product are the same.
           constexpr bool by_product = kProduct || !kSoft;
           const V scale = kFull ? load(pixels.squared_error_scale + at) : V{};
-          return probability_gradient<A, by_product, kFull>(p, label, scale, w, gradients.d_intersection[c],
-                                                            gradients.d_predicted[c]);
+          const V share = intersection_derivative<A, by_product>(p, label);
+          return math::probability_gradient<kFull, V>(p, label, share, scale, w, gradients.d_intersection[c],
+                                                      gradients.d_predicted[c]);
         };
         V value;
         if constexpr (kSigmoid) {

@@ -19,7 +19,9 @@
 #define FUSEDLOSS_KERNEL(threads) __global__ void __launch_bounds__(threads)
 // Before a loop with a constant number of turns, so that arrays indexed by its counter stay in registers.
 #define FUSEDLOSS_UNROLL _Pragma("unroll")
-#define FUSEDLOSS_NO_UNROLL _Pragma("unroll 1")
+// Before any loop: so many turns at once, for loads that do not wait for each other; 1 for code that stays small.
+#define FUSEDLOSS_PRAGMA(text) _Pragma(#text)
+#define FUSEDLOSS_UNROLL_BY(turns) FUSEDLOSS_PRAGMA(unroll turns)
 // A struct of arguments: read where the driver put it, also with an index known at run time only.
 #define FUSEDLOSS_ARGUMENT const __grid_constant__
 

@@ -229,7 +229,7 @@ sum_any(FUSEDLOSS_ARGUMENT SumParams params) {
   double weight = 0.0;
   for (int64_t tile = chunk.begin; tile < whole; tile += kStep * kUnroll) {
     const auto add_tile = [&](A& loss_sum, A& weight_sum) {
-      FUSEDLOSS_NO_UNROLL
+      FUSEDLOSS_UNROLL_BY(1)
       for (int u = 0; u < kUnroll; ++u) {
         const int64_t at = tile + u * kStep + gpu::thread() * kVector;
         if (at < whole) add_elements<A, Index, kVector>(params, at, loss_sum, weight_sum);
@@ -406,7 +406,7 @@ each_any(FUSEDLOSS_ARGUMENT EachParams params) {
   constexpr int kStep = kThreads * kVector;
   const int64_t rest = params.elements % kVector;
   const int64_t whole = params.elements - rest;
-  FUSEDLOSS_NO_UNROLL
+  FUSEDLOSS_UNROLL_BY(1)
   for (int u = 0; u < kUnroll; ++u) {
     const int64_t at = (gpu::block() * kUnroll + u) * kStep + gpu::thread() * kVector;
     if (at < whole) make_elements<A, Index, kVector>(params, at, scale, mean);

@@ -47,11 +47,6 @@ FUSEDLOSS_DEVICE Pack<T, kCount> load_pack(const T* at) {
   return *reinterpret_cast<const Pack<T, kCount>*>(at);
 }
 
-template <class T>
-FUSEDLOSS_DEVICE double number_as(const void* data, int64_t i) {
-  return static_cast<double>(to_compute(static_cast<const T*>(data)[i]));
-}
-
 // Element i of an array of any floating dtype, or of a mask (0 or 1). A: float or double.
 template <class A>
 FUSEDLOSS_DEVICE A load_number(const void* data, DType dtype, int64_t i) {

@@ -50,7 +50,6 @@ int64_t segmentation_accumulator_bytes(const ForwardParams& params);
 
 struct FinishParams {
   Chunks chunks;
-  int64_t samples;         // N
   int64_t classes;         // C
   int64_t groups;          // G
   bool float64;            // A is double
@@ -79,11 +78,6 @@ struct FinishParams {
   void* table_gradients;  // (3, G, C) of A: dL/dI, dL/dP, dL/dT
   void* scales;           // (2,) of A: dL/d(sum of CE), dL/d(sum of SE)
 };
-
-// Doubles of FinishParams::sums and ::losses together.
-inline int64_t segmentation_finish_doubles(int64_t groups, int64_t classes) {
-  return 4 * groups * classes + 2 * groups;
-}
 
 struct BackwardParams : SegmentationParams {
   Chunks chunks;

@@ -72,16 +72,7 @@ FUSEDLOSS_DEVICE PixelScales<A> pixel_scales(const BackwardParams& params, int64
   return scales;
 }
 
-// dL/dp_c of a pixel but for its weight. twice_scale: 2 times that of the squared error.
-template <class A>
-FUSEDLOSS_DEVICE A probability_gradient(A p, A y, bool by_product, A twice_scale, A weight, A d_intersection,
-                                        A d_predicted) {
-  const A g = d_predicted + d_intersection * (by_product ? y : math::minimum_derivative<A>(p, y));
-  // Without that term nothing, also where p is infinite.
-  return twice_scale == A(0) ? g : g + math::squared_error_gradient<A>(twice_scale * weight, p, y);
-}
-
-template <class T, int kVector, Tile kTile>
+template <class T, int kVector>
 struct BackwardTile {
   using A = ComputeType<T>;
 
@@ -112,9 +103,12 @@ struct BackwardTile {
     }
   }
 
-  //   class indices  dz_c = p_c (m (dL/dP_c + s w_c p_c) + K) + [c = y] L - w_c E
-  //   soft labels    dz_c = m (p_c (g_c + K) - E w_c y~_c)
-  // with g_c = dL/dp_c and s twice the scale of the squared error; K, L and E are of the pixel.
+  // g_c; `twice` is s of math/segmentation.h.
+  FUSEDLOSS_DEVICE static A gradient_of(A p, A y, bool by_product, A twice, A w, A d_intersection, A d_predicted) {
+    const A share = by_product ? y : math::minimum_derivative<A>(p, y);
+    return math::probability_gradient<true, A>(p, y, share, twice, w, d_intersection, d_predicted);
+  }
+
   FUSEDLOSS_DEVICE void softmax() const {
     const math::Smoothing<A> smoothing{static_cast<A>(1.0 - params.label_smoothing),
                                        static_cast<A>(params.label_smoothing) / static_cast<A>(params.classes)};
@@ -146,8 +140,7 @@ struct BackwardTile {
           FUSEDLOSS_UNROLL
           for (int v = 0; v < kVector; ++v) {
             const A p = math::exp_shifted<A>(z[v], maximum[v]) * inverse_sum[v];
-            dot[v] += p * (soft ? probability_gradient<A>(p, label(v, c), by_product, twice[v], w, d_intersection,
-                                                          d_predicted)
+            dot[v] += p * (soft ? gradient_of(p, label(v, c), by_product, twice[v], w, d_intersection, d_predicted)
                                 : d_predicted + twice[v] * w * p);
           }
         }
@@ -158,28 +151,22 @@ struct BackwardTile {
       }
     }
 
-    A common[kVector], labelled[kVector], smoothed[kVector];
+    math::SoftmaxTerms<A> terms[kVector];
     FUSEDLOSS_UNROLL
     for (int v = 0; v < kVector; ++v) {
-      const A m = pixels.weight[v];
       const A g = of_cross_entropy[v];
       if (soft) {
-        common[v] = g * square[v] - dot[v];
-        labelled[v] = A(0);
-        smoothed[v] = g;
+        terms[v] = math::soft_label_terms<A>(g, square[v], dot[v]);
         continue;
       }
       const int64_t y = pixels.label[v] < 0 ? 0 : pixels.label[v];
       const A w = class_weight<A>(params, y);
-      A of_label = 0;
+      A share = 0;
       if (of_probabilities) {
-        const A p = math::exp_shifted<A>(to_compute(logits.at[y * logits.class_stride + v]), maximum[v]);
-        of_label = p * inverse_sum[v] * (gradients.intersection(y) - twice[v] * w);
+        const A exponential = math::exp_shifted<A>(to_compute(logits.at[y * logits.class_stride + v]), maximum[v]);
+        share = math::labelled_share<A>(exponential * inverse_sum[v], gradients.intersection(y), twice[v], w);
       }
-      const A a = math::index_label_a<A>(smoothing, w, weight_sum);
-      common[v] = m * (g * a - (dot[v] + of_label));
-      labelled[v] = m * (of_label - g * smoothing.label * w);
-      smoothed[v] = m * g * smoothing.every;
+      terms[v] = math::index_label_terms<A>(smoothing, pixels.weight[v], g, w, weight_sum, dot[v], share);
     }
     for (int64_t c = 0; c < params.classes; ++c) {
       const A w = class_weight<A>(params, c);
@@ -193,11 +180,13 @@ struct BackwardTile {
         const A p = math::exp_shifted<A>(z[v], maximum[v]) * inverse_sum[v];
         if (soft) {
           const A y = label(v, c);
-          const A g = probability_gradient<A>(p, y, by_product, twice[v], w, d_intersection, d_predicted);
-          value[v] = m * (p * (g + common[v]) - smoothed[v] * math::soft_label_weight<A>(smoothing, w, y));
+          const A g = gradient_of(p, y, by_product, twice[v], w, d_intersection, d_predicted);
+          value[v] = math::soft_label_gradient<A>(p, m, g, math::soft_label_weight<A>(smoothing, w, y), terms[v].common,
+                                                  terms[v].smoothed);
         } else {
-          const A more = pixels.label[v] == c ? labelled[v] : A(0);
-          value[v] = p * (m * (d_predicted + twice[v] * w * p) + common[v]) + more - w * smoothed[v];
+          const A labelled = pixels.label[v] == c ? terms[v].labelled : A(0);
+          value[v] = math::index_label_gradient<true, A>(p, m, twice[v], w, d_predicted, terms[v].common, labelled,
+                                                         terms[v].smoothed);
         }
       }
       write(c, value);
@@ -231,13 +220,13 @@ struct BackwardTile {
         if (sigmoid) {
           const math::Sigmoid<A> s = math::sigmoid<false, A>(z[v]);
           value[v] = s.probability * s.complement *
-                     probability_gradient<A>(s.probability, y, by_product, twice[v], w, d_intersection, d_predicted);
+                     gradient_of(s.probability, y, by_product, twice[v], w, d_intersection, d_predicted);
           if (params.cross_entropy) {
             const A smoothed = smoothing_label * y + smoothing_every;
             value[v] += of_cross_entropy[v] * w * math::binary_cross_entropy_logit_gradient<A>(s, smoothed, pos_weight);
           }
         } else {
-          value[v] = probability_gradient<A>(z[v], y, by_product, twice[v], w, d_intersection, d_predicted);
+          value[v] = gradient_of(z[v], y, by_product, twice[v], w, d_intersection, d_predicted);
         }
         value[v] *= pixels.weight[v];
       }
@@ -284,10 +273,10 @@ backward_kernel(FUSEDLOSS_ARGUMENT BackwardParams params, int64_t tile_bytes, bo
       int64_t to_stride = params.gradient_layout.class_stride;
       if constexpr (kTile == Tile::kRows) {
         // In place: a class is written when nobody reads its logit again.
-        to = tile + (logits.at - tile);
+        to = tile + gpu::thread() * row_pitch<T>(params.classes);
         to_stride = 1;
       }
-      const BackwardTile<T, kVector, kTile> at{
+      const BackwardTile<T, kVector> at{
           params, pixels,   logits, gradients, weight_sum, offset_of(params.target_layout, chunk.sample, pixels.pixel),
           to,     to_stride};
       if constexpr (kSoftmax) {

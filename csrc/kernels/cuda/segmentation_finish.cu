@@ -86,7 +86,7 @@ struct Finish {
         const int64_t g = i / params.classes % params.groups;
         const int64_t k = i / size;
         const double* table = params.tables + (g * chunks_of_group * 3 + k) * params.classes + c;
-        FUSEDLOSS_UNROLL
+        FUSEDLOSS_UNROLL_BY(8)
         for (int64_t chunk = part; chunk < chunks_of_group; chunk += sharing) {
           sum += table[chunk * 3 * params.classes];
         }

@@ -15,8 +15,7 @@
 #include "kernels/cuda/numbers.h"
 #include "kernels/cuda/segmentation.h"
 #include "math/activation.h"
-#include "math/cross_entropy.h"
-#include "math/squared_error.h"
+#include "math/segmentation.h"
 
 namespace fusedloss::cuda {
 
