@@ -38,8 +38,8 @@ LARGE = " and ".join(
     )
 )
 # File, and which of its tests: those that run no kernels of ours but the reference are the same on every device.
-# Not gradcheck: it calls a kernel twice for every number, which takes fibers minutes, for what test_backward.py compares
-# with the float64 reference.
+# Not gradcheck: it calls a kernel twice for every number, which takes fibers minutes, for what test_backward.py
+# compares with the float64 reference.
 PROMISES = [
     ("test_forward.py", ""),
     ("test_backward.py", ""),
