@@ -94,7 +94,7 @@ FUSEDLOSS_HOST_DEVICE Real exp2(Real t) {
   if constexpr (sizeof(Real) == sizeof(float)) return ::exp2f(t);
 #endif
   const Real floor = splat<Real>(K::exponent_floor);
-  t = t < floor ? floor : t;                                           // written so that NaN stays NaN
+  t = maximum<Real>(floor, t);                                         // the second where one is NaN
   const Real magic = splat<Real>(K::round_magic - K::exponent_floor);  // with the bias of the exponent
   const Real shifted = t + magic;
   const Real fraction = t - (shifted - magic);  // exact, in [-1/2, 1/2]

@@ -52,6 +52,14 @@ struct alignas(64) BlockGradients {
   math::Bits<A> label[kBlock<A>];   // class, or -1 where ignored; index labels only
 };
 
+// Asks for what the next block will read of this class. A block has half a kilobyte of a class and then goes on to the
+// next class, a megabyte away: too short a run for the hardware's prefetcher to reach the next block, and the
+// arithmetic in between is time to fetch it in (docs/performance.md). An address past the end is no fault.
+template <class A, class T>
+FUSEDLOSS_HOST_DEVICE void prefetch_next_block(const T* p) {
+  __builtin_prefetch(p + kBlock<A>);
+}
+
 // `kVectors` vectors of pixels from pixel `i` on; with kPartial one vector whose first `count` lanes are pixels.
 // With kKeep the exponentials exp(z - m) go into `kept`, class-major with kept_stride (may be z itself), for what else
 // is made of them.
@@ -87,6 +95,7 @@ FUSEDLOSS_HOST_DEVICE void forward_vectors(const Classes<ComputeType<T>>& classe
     const A weight = kLabels == Labels::kIndex ? A(1) : classes.weight_of(c);
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
+      prefetch_next_block<A>(row + v * lanes);
       const V logit = read(row + v * lanes);
       const V exponential = math::exp_shifted<V>(logit, maximum[v]);
       sum[v] += exponential;
@@ -131,6 +140,25 @@ void forward_tile(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_
   for_vectors<ComputeType<T>, vectors>(count, [&](auto v, auto partial, int i, int n) {
     forward_vectors<kLabels, kKeep, v(), partial()>(classes, z, z_stride, y, y_stride, i, n, out, kept, kept_stride);
   });
+}
+
+// Writes kVectors vectors of a row of the gradient; of a partial one the first `left` numbers.
+template <bool kStream, bool kPartial, class T, int kVectors>
+FUSEDLOSS_HOST_DEVICE void write_gradient(T* to, const Vector<ComputeType<T>> (&value)[kVectors], int left) {
+  constexpr int lanes = kLanes<ComputeType<T>>;
+  if constexpr (kPartial) {
+    store_partial<T>(to, value[0], left);
+  } else {
+    constexpr int pairs = kVectors / 2 * 2;
+#pragma GCC unroll 4
+    for (int v = 0; v < pairs; v += 2) store_two<T, kStream>(to + v * lanes, value[v], value[v + 1]);
+    if constexpr (kVectors == pairs) return;
+    if constexpr (kStream) {
+      store_streaming<T>(to + pairs * lanes, value[kVectors - 1]);
+    } else {
+      store<T>(to + pairs * lanes, value[kVectors - 1]);
+    }
+  }
 }
 
 // The gradient of the logits. Z: what is read: logits (of type T), or with kKept their exponentials, kept by the
@@ -182,6 +210,7 @@ FUSEDLOSS_HOST_DEVICE void backward_vectors(const Classes<ComputeType<T>>& class
     const Z* row = z + c * z_stride + i;
     T* gradient_row = gradient + c * gradient_stride + i;
     const A weight = kLabels == Labels::kIndex ? A(0) : classes.weight_of(c);
+    V value[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       V exponential = read(row + v * lanes);
@@ -196,16 +225,10 @@ FUSEDLOSS_HOST_DEVICE void backward_vectors(const Classes<ComputeType<T>>& class
           g_times_label_weight += g[v] * (classes.smoothing.every * weight);
         }
       }
-      V value = math::cross_entropy_logit_gradient<V>(g_times_a_over_sum[v], exponential, g_times_label_weight);
-      if constexpr (kMasked) value = label[v] < math::Bits<A>(0) ? V{} : value;
-      if constexpr (kPartial) {
-        store_partial<T>(gradient_row, value, count);
-      } else if constexpr (kStream) {
-        store_streaming<T>(gradient_row + v * lanes, value);
-      } else {
-        store<T>(gradient_row + v * lanes, value);
-      }
+      value[v] = math::cross_entropy_logit_gradient<V>(g_times_a_over_sum[v], exponential, g_times_label_weight);
+      if constexpr (kMasked) value[v] = label[v] < math::Bits<A>(0) ? V{} : value[v];
     }
+    write_gradient<kStream, kPartial>(gradient_row, value, count);
   }
 }
 

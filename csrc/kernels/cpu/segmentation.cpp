@@ -111,21 +111,25 @@ void fill(SegmentationBlock<T>& block, ComputeType<T>* cross_entropy, ComputeTyp
   const SegmentationParams& params = block.params;
   if (params.activation == Activation::kSoftmax) return fill_softmax(block, cross_entropy, class_weight);
   block.with_logits([&](const auto* z, int64_t z_stride) {
-    const auto run = [&](auto sigmoid, auto soft, auto with_cross_entropy) {
+    const auto run = [&](auto sigmoid, auto soft, auto with_cross_entropy, auto weighted) {
       block.with_labels([&](const auto* y, int64_t y_stride) {
-        fill_each<sigmoid(), soft(), with_cross_entropy()>(
+        fill_each<sigmoid(), soft(), with_cross_entropy(), weighted()>(
             block.classes, z, z_stride, static_cast<const A*>(params.pos_weight), y, y_stride, block.count,
             block.pixels, block.work.tile, block.work.stride, cross_entropy);
       });
     };
+    const auto with_weights = [&](auto sigmoid, auto with_cross_entropy) {
+      block.weighted() ? run(sigmoid, Bool<true>{}, with_cross_entropy, Bool<true>{})
+                       : run(sigmoid, Bool<true>{}, with_cross_entropy, Bool<false>{});
+    };
     if (params.activation == Activation::kNone) {
-      run(Bool<false>{}, Bool<true>{}, Bool<false>{});
+      with_weights(Bool<false>{}, Bool<false>{});
     } else if (!params.cross_entropy) {
-      run(Bool<true>{}, Bool<true>{}, Bool<false>{});
+      with_weights(Bool<true>{}, Bool<false>{});
     } else if (params.soft_labels) {
-      run(Bool<true>{}, Bool<true>{}, Bool<true>{});
+      with_weights(Bool<true>{}, Bool<true>{});
     } else {
-      run(Bool<true>{}, Bool<false>{}, Bool<true>{});
+      run(Bool<true>{}, Bool<false>{}, Bool<true>{}, Bool<true>{});
     }
   });
 }
@@ -400,22 +404,26 @@ void backward_each(SegmentationBlock<T>& block, const ClassGradients<ComputeType
   const bool product = params.intersection == Intersection::kProduct;
   block.with_logits([&](const auto* z, int64_t z_stride) {
     write_block(block, stream, [&](auto streamed, auto* gradient, int64_t gradient_stride) {
-      const auto run = [&](auto sigmoid, auto soft, auto is_product) {
+      const auto run = [&](auto sigmoid, auto soft, auto is_product, auto weighted) {
         const auto with_terms = [&](auto full) {
           block.with_labels([&](const auto* y, int64_t y_stride) {
-            gradient_of_each<sigmoid(), soft(), is_product(), full(), streamed()>(
+            gradient_of_each<sigmoid(), soft(), is_product(), full(), weighted(), streamed()>(
                 block.classes, z, z_stride, static_cast<const A*>(params.pos_weight), y, y_stride, block.count,
                 block.pixels, gradients, gradient, gradient_stride);
           });
         };
         full ? with_terms(Bool<true>{}) : with_terms(Bool<false>{});
       };
+      const auto with_weights = [&](auto sigmoid, auto is_product) {
+        block.weighted() ? run(sigmoid, Bool<true>{}, is_product, Bool<true>{})
+                         : run(sigmoid, Bool<true>{}, is_product, Bool<false>{});
+      };
       if (params.activation == Activation::kNone) {
-        product ? run(Bool<false>{}, Bool<true>{}, Bool<true>{}) : run(Bool<false>{}, Bool<true>{}, Bool<false>{});
+        product ? with_weights(Bool<false>{}, Bool<true>{}) : with_weights(Bool<false>{}, Bool<false>{});
       } else if (!params.soft_labels) {
-        run(Bool<true>{}, Bool<false>{}, Bool<true>{});
+        run(Bool<true>{}, Bool<false>{}, Bool<true>{}, Bool<true>{});
       } else {
-        product ? run(Bool<true>{}, Bool<true>{}, Bool<true>{}) : run(Bool<true>{}, Bool<true>{}, Bool<false>{});
+        product ? with_weights(Bool<true>{}, Bool<true>{}) : with_weights(Bool<true>{}, Bool<false>{});
       }
     });
   });

@@ -134,8 +134,7 @@ struct SegmentationBlock {
         padded(static_cast<int>(round_up(count, kLanes<A>))),
         z(static_cast<const T*>(params.input) + offset_of(params.input_layout, sample, pixel)),
         pixels(pixels) {
-    const bool same_everywhere = params.soft_labels && params.pixel_weight == nullptr;
-    if (!same_everywhere || pixels.filled != count) read_pixels();
+    if (weighted() || pixels.filled != count) read_pixels();
     pixels.filled = count;
     if (labels_lie_ready()) {
       const int64_t bytes = params.target_dtype == kComputeDType ? sizeof(A) : sizeof(T);
@@ -151,6 +150,9 @@ struct SegmentationBlock {
   }
 
   bool transposed() const { return params.input_layout.pixel_stride != 1; }
+
+  // Whether a pixel's weight may be other than 1.
+  bool weighted() const { return params.pixel_weight != nullptr || !params.soft_labels; }
 
   static int block_count(int64_t classes, int64_t left) {
     const int most = block_width<A>(classes);

@@ -120,10 +120,10 @@ void collect(int64_t classes, const A* tile, int64_t stride, const Y* y, int64_t
   });
 }
 
-// Fills the tile with sigmoid(z), or with z itself; 0 where m is, whatever the logit is. With kCrossEntropy also the
-// binary cross-entropy of each pixel, over the classes (not yet times m).
-// z: class-major with z_stride; the tile itself, where it has been filled with logits.
-template <bool kSigmoid, bool kSoft, bool kCrossEntropy, class T, class Y>
+// Fills the tile with sigmoid(z), or with z itself. With kCrossEntropy also the binary cross-entropy of each pixel,
+// over the classes (not yet times m). kWeighted: where a pixel's weight may be other than 1; 0 where it is 0, whatever
+// the logit is. z: class-major with z_stride; the tile itself, where it has been filled with logits.
+template <bool kSigmoid, bool kSoft, bool kCrossEntropy, bool kWeighted, class T, class Y>
 void fill_each(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride, const ComputeType<T>* pos_weight,
                const Y* y, int64_t y_stride, int count, const SegmentationPixels<ComputeType<T>>& pixels,
                ComputeType<T>* tile, int64_t stride, ComputeType<T>* cross_entropy) {
@@ -131,40 +131,37 @@ void fill_each(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_str
   using V = Vector<A>;
   constexpr int lanes = kLanes<A>;
   const A share = A(1) / static_cast<A>(classes.count);
-  for_vectors<A, 2>(count, [&](auto vectors, auto partial, int i, int left) {
-    constexpr int n = vectors();
-    V m[n], sum[n];
-    math::Bits<V> label[n];
-    for (int v = 0; v < n; ++v) {
-      m[v] = load(pixels.weight + i + v * lanes);
-      label[v] = load_labels<A>(pixels.label + i + v * lanes);
-      sum[v] = V{};
-    }
-    for (int c = 0; c < classes.count; ++c) {
-      const T* row = z + c * z_stride + i;
-      [[maybe_unused]] const A w = classes.weight_of(c) * share;
-      [[maybe_unused]] const A w_positive = pos_weight == nullptr ? A(1) : pos_weight[c];
+  // The classes are the outer loop, so that the constants of the sigmoid stay in registers also with a single class.
+  for (int c = 0; c < classes.count; ++c) {
+    const T* row = z + c * z_stride;
+    A* tile_row = tile + c * stride;
+    [[maybe_unused]] const Y* y_row = y + c * y_stride;
+    [[maybe_unused]] const A w = classes.weight_of(c) * share;
+    [[maybe_unused]] const A w_positive = pos_weight == nullptr ? A(1) : pos_weight[c];
+    for_vectors<A, 2>(count, [&](auto vectors, auto partial, int i, int left) {
+      constexpr int n = vectors();
 #pragma GCC unroll 2
       for (int v = 0; v < n; ++v) {
-        V logit = partial() ? load_partial<T>(row, left, 0) : load<T>(row + v * lanes);
-        logit = m[v] == A(0) ? V{} : logit;
-        V p = logit;
+        const int at = i + v * lanes;
+        [[maybe_unused]] const V m = kWeighted ? load(pixels.weight + at) : V{};
+        V p = partial() ? load_partial<T>(row + at, left, 0) : load<T>(row + at);
+        if constexpr (kWeighted) p = m == A(0) ? V{} : p;
         if constexpr (kSigmoid) {
+          const V logit = p;
           const math::Sigmoid<V> s = math::sigmoid<kCrossEntropy, V>(logit);
-          p = m[v] == A(0) ? V{} : s.probability;
+          p = s.probability;
+          if constexpr (kWeighted) p = m == A(0) ? V{} : p;
           if constexpr (kCrossEntropy) {
-            V label_c = label_of<A, kSoft>(label[v], y + c * y_stride + i + v * lanes, c);
-            label_c = classes.smoothing.label * label_c + classes.smoothing.every;
-            sum[v] += w * math::binary_cross_entropy<V>(s, logit, label_c, w_positive);
+            V label = label_of<A, kSoft>(load_labels<A>(pixels.label + at), y_row + at, c);
+            label = classes.smoothing.label * label + classes.smoothing.every;
+            const V value = w * math::binary_cross_entropy<V>(s, logit, label, w_positive);
+            store(cross_entropy + at, c == 0 ? value : load(cross_entropy + at) + value);
           }
         }
-        store(tile + c * stride + i + v * lanes, p);
+        store(tile_row + at, p);
       }
-    }
-    if constexpr (kCrossEntropy) {
-      for (int v = 0; v < n; ++v) store(cross_entropy + i + v * lanes, sum[v]);
-    }
-  });
+    });
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -205,6 +202,7 @@ void probabilities(const Classes<ComputeType<T>>& classes, const T* z, int64_t z
       [[maybe_unused]] const A w = kSoft || kFull ? classes.weight_of(c) : A(1);
 #pragma GCC unroll 4
       for (int v = 0; v < n; ++v) {
+        prefetch_next_block<A>(row + v * lanes);
         const V logit = partial() ? load_partial<T>(row, left, 0) : load<T>(row + v * lanes);
         const V p = math::exp_shifted<V>(logit, maximum[v]) * inverse_sum[v];
         store(tile + c * stride + i + v * lanes, p);
@@ -225,18 +223,6 @@ void probabilities(const Classes<ComputeType<T>>& classes, const T* z, int64_t z
       store(square_out + i + v * lanes, square[v]);
     }
   });
-}
-
-// Writes a vector of the gradient where it belongs.
-template <bool kStream, class T>
-FUSEDLOSS_HOST_DEVICE void write_gradient(T* to, Vector<ComputeType<T>> value, bool partial, int left) {
-  if (partial) {
-    store_partial<T>(to, value, left);
-  } else if constexpr (kStream) {
-    store_streaming<T>(to, value);
-  } else {
-    store<T>(to, value);
-  }
 }
 
 // Softmax, second visit: the gradient from the tile of probabilities (math/segmentation.h; s and E with kFull).
@@ -270,24 +256,24 @@ void softmax_gradient(const Classes<ComputeType<T>>& classes, const ComputeType<
       const A d_predicted = gradients.d_predicted[c];
       [[maybe_unused]] const A d_intersection = gradients.d_intersection[c];
       [[maybe_unused]] const A w = kSoft || kFull ? classes.weight_of(c) : A(1);
+      V value[n];
 #pragma GCC unroll 4
       for (int v = 0; v < n; ++v) {
         const V p = load(tile + c * stride + i + v * lanes);
-        V value;
         if constexpr (kSoft) {
           const V label_c = load<Y>(y + c * y_stride + i + v * lanes);
           const V share = intersection_derivative<A, kProduct>(p, label_c);
           const V g = math::probability_gradient<true, V>(p, label_c, share, scale[v], w, d_intersection, d_predicted);
-          value = math::soft_label_gradient<V>(p, m[v], g, math::soft_label_weight<V>(classes.smoothing, w, label_c),
-                                               common[v], smoothed[v]);
+          value[v] = math::soft_label_gradient<V>(p, m[v], g, math::soft_label_weight<V>(classes.smoothing, w, label_c),
+                                                  common[v], smoothed[v]);
         } else {
           const V more = label[v] == math::Bits<A>(c) ? labelled[v] : V{};
-          value = math::index_label_gradient<kFull, V>(p, m[v], kFull ? scale[v] : V{}, w, d_predicted, common[v], more,
-                                                       kFull ? smoothed[v] : V{});
+          value[v] = math::index_label_gradient<kFull, V>(p, m[v], kFull ? scale[v] : V{}, w, d_predicted, common[v],
+                                                          more, kFull ? smoothed[v] : V{});
         }
-        value = m[v] == A(0) ? V{} : value;
-        write_gradient<kStream, T>(gradient_row + v * lanes, value, partial(), left);
+        value[v] = m[v] == A(0) ? V{} : value[v];
       }
+      write_gradient<kStream, partial()>(gradient_row, value, left);
     }
   });
 }
@@ -295,8 +281,8 @@ void softmax_gradient(const Classes<ComputeType<T>>& classes, const ComputeType<
 // Sigmoid, or no activation: the gradient from the logits, each class by itself. `smoothed` holds the incoming gradient
 // of the cross-entropy, over C.
 // z may be `gradient` itself.
-// kFull: with squared error or cross-entropy.
-template <bool kSigmoid, bool kSoft, bool kProduct, bool kFull, bool kStream, class Z, class T, class Y>
+// kFull: with squared error or cross-entropy. kWeighted: where a pixel's weight may be other than 1.
+template <bool kSigmoid, bool kSoft, bool kProduct, bool kFull, bool kWeighted, bool kStream, class Z, class T, class Y>
 void gradient_of_each(const Classes<ComputeType<T>>& classes, const Z* z, int64_t z_stride,
                       const ComputeType<T>* pos_weight, const Y* y, int64_t y_stride, int count,
                       const SegmentationPixels<ComputeType<T>>& pixels, const ClassGradients<ComputeType<T>>& gradients,
@@ -304,43 +290,48 @@ void gradient_of_each(const Classes<ComputeType<T>>& classes, const Z* z, int64_
   using A = ComputeType<T>;
   using V = Vector<A>;
   constexpr int lanes = kLanes<A>;
-  for_vectors<A, 2>(count, [&](auto vectors, auto partial, int i, int left) {
-    constexpr int n = vectors();
-    for (int c = 0; c < classes.count; ++c) {
-      const Z* row = z + c * z_stride + i;
-      const A w = classes.weight_of(c);
-      const A w_positive = pos_weight == nullptr ? A(1) : pos_weight[c];
+  for (int c = 0; c < classes.count; ++c) {
+    const Z* row = z + c * z_stride;
+    const Y* y_row = y + c * y_stride;
+    T* gradient_row = gradient + c * gradient_stride;
+    const A w = classes.weight_of(c);
+    const A w_positive = pos_weight == nullptr ? A(1) : pos_weight[c];
+    const A d_intersection = gradients.d_intersection[c];
+    const A d_predicted = gradients.d_predicted[c];
+    for_vectors<A, 2>(count, [&](auto vectors, auto partial, int i, int left) {
+      constexpr int n = vectors();
+      V value[n];
 #pragma GCC unroll 2
       for (int v = 0; v < n; ++v) {
         const int at = i + v * lanes;
-        const V m = load(pixels.weight + at);
-        const V logit = partial() ? load_partial<Z>(row, left, 0) : load<Z>(row + v * lanes);
-        const V label = label_of<A, kSoft>(load_labels<A>(pixels.label + at), y + c * y_stride + at, c);
+        const V logit = partial() ? load_partial<Z>(row + at, left, 0) : load<Z>(row + at);
+        const V label = label_of<A, kSoft>(load_labels<A>(pixels.label + at), y_row + at, c);
         const auto gradient_of = [&](V p) {
           // Of a hard label the minimum and the product are the same.
           constexpr bool by_product = kProduct || !kSoft;
           const V scale = kFull ? load(pixels.squared_error_scale + at) : V{};
           const V share = intersection_derivative<A, by_product>(p, label);
-          return math::probability_gradient<kFull, V>(p, label, share, scale, w, gradients.d_intersection[c],
-                                                      gradients.d_predicted[c]);
+          return math::probability_gradient<kFull, V>(p, label, share, scale, w, d_intersection, d_predicted);
         };
-        V value;
         if constexpr (kSigmoid) {
           const math::Sigmoid<V> s = math::sigmoid<false, V>(logit);
-          value = s.probability * s.complement * gradient_of(s.probability);
+          value[v] = s.probability * s.complement * gradient_of(s.probability);
           if constexpr (kFull) {
             const V smoothed = classes.smoothing.label * label + classes.smoothing.every;
-            value +=
+            value[v] +=
                 load(pixels.smoothed + at) * w * math::binary_cross_entropy_logit_gradient<V>(s, smoothed, w_positive);
           }
         } else {
-          value = gradient_of(logit);
+          value[v] = gradient_of(logit);
         }
-        value = m == A(0) ? V{} : m * value;
-        write_gradient<kStream, T>(gradient + c * gradient_stride + at, value, partial(), left);
+        if constexpr (kWeighted) {
+          const V m = load(pixels.weight + at);
+          value[v] = m == A(0) ? V{} : m * value[v];
+        }
       }
-    }
-  });
+      write_gradient<kStream, partial()>(gradient_row + i, value, left);
+    });
+  }
 }
 
 }  // namespace

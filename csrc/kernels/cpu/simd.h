@@ -72,15 +72,17 @@ FUSEDLOSS_HOST_DEVICE U bfloat16_to_float_bits(U bits) {
   return bits << 16;
 }
 
-// Round to nearest even; NaN stays NaN (a plain round-up could carry a NaN's mantissa over into infinity).
-template <class U>
-FUSEDLOSS_HOST_DEVICE U float_bits_to_bfloat16(U bits) {
-  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const U quiet_nan = (bits >> 16) | 0x40u;
-  return (bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded;
+// The upper half is the bfloat16. Round to nearest even; NaN stays NaN (a plain round-up could carry a NaN's mantissa
+// over into infinity). V: a vector of float, or float; U: the same of uint32_t.
+template <class V, class U>
+FUSEDLOSS_HOST_DEVICE U round_to_bfloat16(V value) {
+  const U bits = math::bit_cast<U>(value);
+  const U rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const U quiet_nan = bits | 0x400000u;
+  return value == value ? rounded : quiet_nan;
 }
 
-// V: a vector of float, or float; U: the same of uint32_t.
+// V, U: as above.
 template <class V, class U>
 FUSEDLOSS_HOST_DEVICE U float16_to_float_bits(U half) {
   const U sign = (half & 0x8000u) << 16;
@@ -120,8 +122,13 @@ typedef VectorOf<uint16_t, kVectorBytes / 2>::Memory HalfMemory;
 
 template <>
 FUSEDLOSS_HOST_DEVICE Vector<float> load(const BFloat16* p) {
+#if defined(__AVX512F__)  // GCC 12 spells the conversion in halves: five instructions in place of one
+  const __m512i bits = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return math::bit_cast<Vector<float>>(bfloat16_to_float_bits((Vector<uint32_t>)bits));
+#else
   const HalfBits bits = *reinterpret_cast<const HalfMemory*>(p);
   return math::bit_cast<Vector<float>>(bfloat16_to_float_bits(__builtin_convertvector(bits, Vector<uint32_t>)));
+#endif
 }
 
 template <>
@@ -143,7 +150,7 @@ FUSEDLOSS_HOST_DEVICE void store(T* p, Vector<ComputeType<T>> value) {
 }
 
 FUSEDLOSS_HOST_DEVICE HalfBits narrow(Vector<float> value, const BFloat16*) {
-  return __builtin_convertvector(float_bits_to_bfloat16(math::bit_cast<Vector<uint32_t>>(value)), HalfBits);
+  return __builtin_convertvector(round_to_bfloat16<Vector<float>, Vector<uint32_t>>(value) >> 16, HalfBits);
 }
 
 FUSEDLOSS_HOST_DEVICE HalfBits narrow(Vector<float> value, const Float16*) {
@@ -197,6 +204,36 @@ FUSEDLOSS_HOST_DEVICE void store_streaming(T* p, Vector<ComputeType<T>> value) {
   store(p, value);
 }
 #endif
+
+// Two vectors side by side.
+template <class T, bool kStream>
+FUSEDLOSS_HOST_DEVICE void store_two(T* p, Vector<ComputeType<T>> first, Vector<ComputeType<T>> second) {
+#if defined(__AVX512BW__)
+  if constexpr (std::is_same_v<T, BFloat16>) {  // both upper halves by one permutation, and no shifts
+    typedef VectorOf<uint16_t>::Type Words;
+    Words odd;
+    for (int i = 0; i < 32; ++i) odd[i] = static_cast<uint16_t>(2 * i + 1);
+    const __m512i both =
+        _mm512_permutex2var_epi16((__m512i)round_to_bfloat16<Vector<float>, Vector<uint32_t>>(first), (__m512i)odd,
+                                  (__m512i)round_to_bfloat16<Vector<float>, Vector<uint32_t>>(second));
+    if constexpr (kStream) {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_extracti64x4_epi64(0xff, both, 0));
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(p) + 1, _mm512_maskz_extracti64x4_epi64(0xff, both, 1));
+    } else {
+      _mm512_storeu_si512(p, both);
+    }
+    return;
+  }
+#endif
+  constexpr int lanes = kLanes<ComputeType<T>>;
+  if constexpr (kStream) {
+    store_streaming<T>(p, first);
+    store_streaming<T>(p + lanes, second);
+  } else {
+    store<T>(p, first);
+    store<T>(p + lanes, second);
+  }
+}
 
 // Outputs from this size on are streamed: about a core's share of the last-level cache.
 constexpr int64_t kStreamingBytes = int64_t{4} << 20;
@@ -272,7 +309,7 @@ FUSEDLOSS_HOST_DEVICE void store_one(T* p, ComputeType<T> value) {
 }
 template <>
 FUSEDLOSS_HOST_DEVICE void store_one(BFloat16* p, float value) {
-  p->bits = static_cast<uint16_t>(float_bits_to_bfloat16(math::bit_cast<uint32_t>(value)));
+  p->bits = static_cast<uint16_t>(round_to_bfloat16<float, uint32_t>(value) >> 16);
 }
 template <>
 FUSEDLOSS_HOST_DEVICE void store_one(Float16* p, float value) {
