@@ -5,6 +5,7 @@ python -m benchmarks --quick                              does everything work? 
 python -m benchmarks --list                               what there is to choose from
 python -m benchmarks --workloads 'mse_loss/*' --check     some workloads, and how they stand against the targets
 python -m benchmarks --level avx2                         with another instruction-set level of fusedloss
+python -m benchmarks --device cuda --check                on a GPU
 python -m benchmarks --show FILE.csv --check              the tables of an earlier run
 python -m benchmarks --show FILE.csv --plot FILE.png      its picture
 """
@@ -55,16 +56,18 @@ def main() -> int:
         return 0
 
     torch.set_num_threads(arguments.threads)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("python -m benchmarks: --device cuda: torch finds no GPU here")
     providers = load_providers(arguments.providers, arguments.level, console)
     load = machine.load_average()
     if load is not None and load > IDLE_LOAD:
         console.print(
             f"[yellow]other programs are running (load average {load}): the times will be too long and unsteady"
         )
-    header = machine.describe(arguments.threads) | {"rounds": arguments.repeats}
+    header = machine.describe(arguments.threads, arguments.device) | {"rounds": arguments.repeats}
     output = arguments.output
     if output is None and not arguments.quick:
-        output = results.free_path(machine.file_stem(arguments.threads, arguments.level))
+        output = results.free_path(machine.file_stem(arguments.threads, arguments.device, arguments.level))
     rows: list[Row] = []
     progress, task = progress_bar(console, total=len(arguments.workloads) * (arguments.repeats + 1))
     try:
@@ -72,7 +75,12 @@ def main() -> int:
             for workload in arguments.workloads:
                 progress.update(task, description=workload.name)
                 rows += run(
-                    workload, providers, arguments.passes, arguments.repeats, advance=lambda: progress.advance(task)
+                    workload,
+                    providers,
+                    arguments.passes,
+                    arguments.repeats,
+                    arguments.device,
+                    advance=lambda: progress.advance(task),
                 )
                 if output is not None:  # after every workload: whatever ends a long run, what was finished is kept
                     results.write(output, header, rows)
@@ -136,7 +144,7 @@ def list_choices(console: Console) -> None:
     for name in ("workload", "shape", "measured", "reason"):
         table.add_column(name, no_wrap=name != "reason")
     for workload in WORKLOADS.values():
-        when = "by default" if workload.default else "when named"
+        when = f"by default on {' and '.join(workload.devices)}" if workload.default else "when named"
         shape = "x".join(map(str, workload.data.shape))
         table.add_row(workload.name, shape, f"{when}, quick" if workload.quick else when, workload.reason)
     console.print(table)
@@ -168,6 +176,7 @@ def parse_arguments() -> argparse.Namespace:
         help=f"rounds, default {ROUNDS}; each takes a sample of everything",
     )
     add("--threads", type=positive, default=torch.get_num_threads(), metavar="N", help="default: torch's own choice")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu; each has workloads of its own")
     add("--level", metavar="LEVEL", help="fusedloss's instruction-set level: base, avx2, avx512")
     add("--output", type=Path, metavar="FILE.csv", help="default: benchmarks/results/ with date and processor as name")
     add("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds of some small workloads; keeps nothing by default")
@@ -183,7 +192,11 @@ def parse_arguments() -> argparse.Namespace:
         except ValueError as error:
             parser.error(str(error))
     else:
-        arguments.workloads = [w for w in WORKLOADS.values() if (w.quick if arguments.quick else w.default)]
+        arguments.workloads = [
+            workload
+            for workload in WORKLOADS.values()
+            if arguments.device in workload.devices and (workload.quick if arguments.quick else workload.default)
+        ]
     arguments.passes = [PASSES[name] for name in arguments.passes]
     arguments.repeats = arguments.repeats or (QUICK_ROUNDS if arguments.quick else ROUNDS)
     if arguments.output and arguments.output.suffix != ".csv":

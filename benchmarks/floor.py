@@ -31,9 +31,9 @@ class Floor:
     slower. Arrays on huge pages are copied at most 5 % faster than these.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, device: str) -> None:
         # ones, not zeros or empty: pages that were never written are all the same page, and read at cache speed.
-        self.source = torch.ones(nbytes // 8, dtype=torch.int64)
+        self.source = torch.ones(nbytes // 8, dtype=torch.int64, device=device)
         self.destination = torch.ones_like(self.source)
 
     def functions(self) -> dict[str, Callable[[], object]]:

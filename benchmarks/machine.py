@@ -28,7 +28,7 @@ SETTINGS = (
 )
 
 
-def describe(threads: int) -> dict[str, object]:
+def describe(threads: int, device: str) -> dict[str, object]:
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit(),
@@ -40,6 +40,7 @@ def describe(threads: int) -> dict[str, object]:
             "system": f"{platform.system()} {platform.release().split('-')[0]}",
             "transparent_hugepages": transparent_hugepages(),
             "load_average_1min": load_average(),
+            **({"gpu": describe_gpu()} if device == "cuda" else {}),
         },
         "software": {
             "python": platform.python_version(),
@@ -55,9 +56,24 @@ def describe(threads: int) -> dict[str, object]:
     }
 
 
-def file_stem(threads: int, level: str | None) -> str:
-    """A name for results: date, processor, threads, and the instruction-set level where one was asked for."""
+def describe_gpu() -> dict[str, object]:
+    properties = torch.cuda.get_device_properties("cuda")
+    return {
+        "name": properties.name,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda_of_torch": torch.version.cuda,
+    }
+
+
+def file_stem(threads: int, device: str, level: str | None) -> str:
+    """A name for results: date, processor, threads, and the instruction-set level where one was asked for; or date and
+    GPU."""
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    if device == "cuda":
+        return f"{date}_{re.sub(r'[^a-z0-9]+', '-', torch.cuda.get_device_name().lower()).strip('-')}"
     cpu = re.sub(r"[^a-z0-9]+", "-", cpu_model().lower().replace("(r)", "").replace("(tm)", "")).strip("-")
     return "_".join([date, cpu, f"{threads}threads", *([level] if level else [])])
 

@@ -29,8 +29,11 @@ from benchmarks.providers import LossOfInput
 # A sample shorter than this is repeated inside: clock and cache noise then stay below a percent.
 SHORTEST_SAMPLE_S = 0.01
 MOST_CALLS = 10_000
+# Untimed calls before a sample.
+SETTLED_S = 0.25
 
 Run = Callable[[], object]
+Prepare = Callable[[int], Run]  # of a number of calls: prepares what is not timed, returns what is
 Key = tuple[str, str]  # provider and pass
 
 
@@ -114,10 +117,19 @@ PASSES = {
 
 
 @dataclass(frozen=True)
+class Meter:
+    """How a device is measured."""
+
+    sample: Callable[[Prepare, int], float]  # seconds per call
+    peak_allocated_bytes: Callable[[Prepare], int]
+    peak_resident_bytes: Callable[[Prepare], int | None]
+
+
+@dataclass(frozen=True)
 class Subject:
     """Something to time: `prepare(calls)` returns the part that is timed."""
 
-    prepare: Callable[[int], Run]
+    prepare: Prepare
     calls: int
 
 
@@ -139,25 +151,28 @@ class Times:
         return cls(middle, low, high, min(samples), len(samples), calls)
 
 
-def sample(prepare: Callable[[int], Run], calls: int) -> float:
-    """Seconds per call, after one call that is not timed.
+def sample(prepare: Prepare, calls: int) -> float:
+    """Seconds per call, after calls that are not timed: one, or as many as fit into SETTLED_S.
 
-    The call before it makes the sample one of a row, as steps of a training are: what it frees is what the timed part
-    takes. Otherwise a round of many seconds lies in between, long enough for the host of a virtual machine to take
-    free memory away (free page reporting): the first write to 2 MiB that it has to give back was seen to take 4.5 ms
-    in place of 0.2.
+    They make the sample one of a row, as steps of a training are: what they free is what the timed part takes.
+    Otherwise a round of many seconds lies in between, long enough for the host of a virtual machine to take free
+    memory away (free page reporting): the first write to 2 MiB that it has to give back was seen to take 4.5 ms in
+    place of 0.2. A single call is not always enough, because what it frees need not be what is handed out next.
     """
+    settled = time.perf_counter() + SETTLED_S
     prepare(1)()
+    while time.perf_counter() < settled:
+        prepare(1)()
     run = prepare(calls)
     start = time.perf_counter()
     run()
     return (time.perf_counter() - start) / calls
 
 
-def warm_up(prepare: Callable[[int], Run]) -> Subject:
+def warm_up(prepare: Prepare, meter: Meter) -> Subject:
     """Call a few times (the first call may compile), and find how many calls make a sample long enough."""
     calls = 1
-    while calls < MOST_CALLS and calls * sample(prepare, calls) < SHORTEST_SAMPLE_S:
+    while calls < MOST_CALLS and calls * meter.sample(prepare, calls) < SHORTEST_SAMPLE_S:
         calls *= 2
     return Subject(prepare, calls)
 
@@ -170,7 +185,7 @@ def repeated(function: Run, calls: int) -> Run:
     return run
 
 
-def time_in_turn(subjects: Mapping[Key, Subject], rounds: int, after_round: Run) -> dict[Key, Times]:
+def time_in_turn(subjects: Mapping[Key, Subject], rounds: int, after_round: Run, meter: Meter) -> dict[Key, Times]:
     """Every round takes one sample of every subject, in a new order: drift of the machine hits all alike, and nobody
     always runs after the same neighbor."""
     order = list(subjects)
@@ -180,7 +195,7 @@ def time_in_turn(subjects: Mapping[Key, Subject], rounds: int, after_round: Run)
         for _ in range(rounds):
             shuffle(order)
             for key in order:
-                samples[key].append(sample(subjects[key].prepare, subjects[key].calls))
+                samples[key].append(meter.sample(subjects[key].prepare, subjects[key].calls))
             after_round()
     return {key: Times.of(samples[key], subject.calls) for key, subject in subjects.items()}
 
@@ -198,7 +213,7 @@ def no_garbage_collection() -> Iterator[None]:
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-def peak_allocated_bytes(prepare: Callable[[int], Run]) -> int:
+def peak_allocated_bytes(prepare: Prepare) -> int:
     """The most that torch's allocator has handed out during one call, above what it had handed out before.
 
     The gradient counts. The profiler reports every allocation and every release with its size; they are added up in
@@ -221,7 +236,7 @@ def peak_allocated_bytes(prepare: Callable[[int], Run]) -> int:
     return peak
 
 
-def peak_resident_bytes(prepare: Callable[[int], Run]) -> int | None:
+def peak_resident_bytes(prepare: Prepare) -> int | None:
     """The same seen by the system: growth of the resident memory's high-water mark during one call.
 
     It also sees what does not come from torch's allocator, so nobody can hide a buffer from the figure above. It counts
@@ -257,3 +272,6 @@ def quiet_stderr() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
+
+
+CPU = Meter(sample, peak_allocated_bytes, peak_resident_bytes)

@@ -26,6 +26,7 @@ class Target:
     times_eager: float | None = None
     times_floor: float | None = None
     bytes_per_pixel: float | None = None  # at the peak, beside the gradient
+    share_of_copy: float | None = None  # at least: speed at which the counted bytes are moved, by the copy's
 
 
 TARGETS = {
@@ -42,6 +43,25 @@ TARGETS = {
     "cross_entropy/tiny": Target({}, times_eager=1.3),
     "mse_loss/tiny": Target({}, times_eager=1.3),
 }
+
+# On a GPU; at least so much of the copy's speed.
+CUDA_TARGETS = {
+    "cross_entropy/voc16": Target({EAGER: 3.0, COMPILE: 1.2}, share_of_copy=0.85),
+    "cross_entropy/voc16-bfloat16": Target({EAGER: 3.0, COMPILE: 1.2}, share_of_copy=0.85),
+    "cross_entropy/vocabulary32k-bfloat16": Target({EAGER: 2.0, COMPILE: 1.2}, share_of_copy=0.85),
+    "cross_entropy/vocabulary128k-bfloat16": Target({EAGER: 2.0, COMPILE: 1.2}, share_of_copy=0.85),
+    "ce+iou/nnunet": Target({EAGER: 8.0, COMPILE: 2.5}, share_of_copy=0.80, bytes_per_pixel=8),
+    "ce+iou/nnunet-bfloat16-autocast": Target({EAGER: 12.0, COMPILE: 2.5}, share_of_copy=0.80),
+    "ce+iou/ade20k8-bfloat16": Target({EAGER: 6.0, COMPILE: 2.0}, share_of_copy=0.75),
+    "ce+iou+brier/voc16": Target({EAGER: 8.0, COMPILE: 2.5}, share_of_copy=0.80),
+    "ce+iou+brier/voc16-bfloat16": Target({EAGER: 8.0, COMPILE: 2.5}, share_of_copy=0.80),
+    "mse_loss/100m": Target({EAGER: 1.6, COMPILE: 1.0}, share_of_copy=0.90),
+    "cross_entropy/tiny": Target({}, times_eager=1.2),
+}
+
+
+def targets_of(row: Row) -> Target | None:
+    return (CUDA_TARGETS if row.device == "cuda" else TARGETS).get(row.workload)
 
 
 def index(rows: Sequence[Row]) -> Rows:
@@ -114,9 +134,9 @@ def show_targets(console: Console, rows: Sequence[Row]) -> None:
     for name in ("measured", "target"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    for workload in dict.fromkeys(row.workload for row in rows):
-        if workload in TARGETS:
-            for line in judge(by_key, workload, TARGETS[workload]):
+    for workload, target in {row.workload: targets_of(row) for row in rows}.items():
+        if target is not None:
+            for line in judge(by_key, workload, target):
                 table.add_row(workload, *line)
     console.print(table)
 
@@ -134,6 +154,16 @@ def judge(by_key: Rows, workload: str, target: Target) -> Iterator[tuple[str, st
     if target.times_floor is not None:
         ratio, at_most = row.times_floor if row else None, target.times_floor
         yield f"time over the {FLOOR}", number(ratio), f"<= {at_most:g}", verdict(ratio, at_most=at_most)
+    if target.share_of_copy is not None:
+        copy = by_key.get((workload, FLOOR, "copy"))
+        speeds = [one.gb_per_s if one else None for one in (row, copy)]
+        ratio = speeds[0] / speeds[1] if speeds[0] and speeds[1] else None
+        yield (
+            "share of the copy's speed",
+            number(ratio),
+            f">= {target.share_of_copy:g}",
+            verdict(ratio, at_least=target.share_of_copy),
+        )
     if target.bytes_per_pixel is not None:
         ratio, at_most = bytes_per_pixel(row) if row else None, target.bytes_per_pixel
         yield "bytes a pixel beside the gradient", number(ratio), f"<= {at_most:g}", verdict(ratio, at_most=at_most)

@@ -42,6 +42,7 @@ class Row:
     counted_bytes: int | None = None  # what the pass has to move, whoever computes it; not what this provider moves
     peak_allocated_bytes: int | None = None  # gradient included
     peak_resident_bytes: int | None = None
+    device: str = "cpu"
 
     @property
     def gb_per_s(self) -> float | None:
@@ -77,7 +78,8 @@ def read(path: Path) -> list[Row]:
     wanted = typing.get_type_hints(Row)
     with path.open(newline="") as file:
         table = list(csv.DictReader(file))
-    return [Row(**{name: from_cell(line[name], wanted[name]) for name in COLUMNS}) for line in table]
+    # A file may be older than a column: then its default holds.
+    return [Row(**{name: from_cell(line[name], wanted[name]) for name in COLUMNS if name in line}) for line in table]
 
 
 def to_cell(value: object) -> object:

@@ -7,23 +7,47 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks import floor, measure, truth
-from benchmarks.measure import Pass, Subject, Times
-from benchmarks.providers import PROVIDERS, Builder
+from benchmarks import floor, gpu, measure, truth
+from benchmarks.measure import Meter, Pass, Subject, Times
+from benchmarks.providers import PROVIDERS, Builder, LossOfInput
 from benchmarks.results import FLOOR, Row
 from benchmarks.workloads import Case, Workload, make_case, short_name
 
 Providers = Mapping[str, Mapping[str, Builder]]  # builders by provider and loss
 
 
+def in_region(loss: LossOfInput, workload: Workload, device: str) -> LossOfInput:
+    if not workload.autocast:
+        return loss
+
+    def under_autocast(input: Tensor) -> Tensor:
+        with torch.autocast(device, workload.dtype):
+            return loss(input)
+
+    return under_autocast
+
+
+def meter_of(case: Case) -> Meter:
+    if case.input.device.type == "cpu":
+        return measure.CPU
+    return gpu.HOST if case.input.nbytes < floor.SMALLEST_BYTES else gpu.EVENTS
+
+
 def run(
-    workload: Workload, providers: Providers, passes: Sequence[Pass], rounds: int, advance: Callable[[], object]
+    workload: Workload,
+    providers: Providers,
+    passes: Sequence[Pass],
+    rounds: int,
+    device: str,
+    advance: Callable[[], object],
 ) -> list[Row]:
     """`advance` is called once when everything is ready to be timed, and after every round."""
-    case = make_case(workload)
+    case = make_case(workload, device)
+    meter = meter_of(case)
     built = {name: builders[workload.loss](case) for name, builders in providers.items() if workload.loss in builders}
-    losses = {name: loss for name, loss in built.items() if loss is not None}
+    losses = {name: in_region(loss, workload, device) for name, loss in built.items() if loss is not None}
     wanted = truth.find_truth(case)
     errors = {}
     for name, loss in losses.items():
@@ -38,15 +62,15 @@ def run(
             continue
         for one in passes:
             prepare = partial(one.prepare, loss, case.input)
-            subjects[name, one.name] = measure.warm_up(prepare)
-            peaks[name, one.name] = measure.peak_allocated_bytes(prepare), measure.peak_resident_bytes(prepare)
+            subjects[name, one.name] = measure.warm_up(prepare, meter)
+            peaks[name, one.name] = meter.peak_allocated_bytes(prepare), meter.peak_resident_bytes(prepare)
     # Made after the peaks were measured, and only now: the fewer pages the system holds, the less it does in between.
-    yardstick = floor.Floor(case.input.nbytes) if case.input.nbytes >= floor.SMALLEST_BYTES else None
+    yardstick = floor.Floor(case.input.nbytes, device) if case.input.nbytes >= floor.SMALLEST_BYTES else None
     if yardstick is not None:
         for name, function in yardstick.functions().items():
-            subjects[FLOOR, name] = measure.warm_up(partial(measure.repeated, function))
+            subjects[FLOOR, name] = measure.warm_up(partial(measure.repeated, function), meter)
     advance()
-    times = measure.time_in_turn(subjects, rounds, after_round=advance)
+    times = measure.time_in_turn(subjects, rounds, advance, meter)
     # Otherwise the compiler takes the next workload for one more variant of this one, and gives up after some.
     torch.compiler.reset()
 
@@ -99,6 +123,7 @@ def make_row(case: Case, provider: str, pass_name: str, timing: Times | None, *,
         dtype=short_name(workload.dtype),
         memory_format=short_name(workload.memory_format),
         target_dtype=short_name(case.target.dtype),
+        device=case.input.device.type,
         provider=provider,
         pass_name=pass_name,
         right=right,

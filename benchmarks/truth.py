@@ -56,7 +56,7 @@ def find_truth(case: Case) -> Truth:
     count = case.input.numel()
     summed = torch_loss(Case(case.workload, case.input, case.target, {**case.options, "reduction": "sum"}))
     value = 0.0
-    gradient = torch.empty(case.input.shape, dtype=torch.float64)
+    gradient = torch.empty(case.input.shape, dtype=torch.float64, device=case.input.device)
     for part in chunks(case.input):
         input = case.input.detach()[part].double().requires_grad_()
         target = case.target[part]
@@ -83,7 +83,7 @@ def find_truth_of_sums(case: Case) -> Truth:
     leaves = formulas.Sums(*(number.double().requires_grad_() for number in total))
     value = formulas.value(loss, leaves)
     factors = torch.autograd.grad(value, leaves, allow_unused=True)
-    gradient = torch.empty(case.input.shape, dtype=torch.float64)
+    gradient = torch.empty(case.input.shape, dtype=torch.float64, device=case.input.device)
     for part in chunks(case.input):
         input = case.input.detach()[part].double().requires_grad_()
         terms = [(f * s).sum() for f, s in zip(factors, sums_of(part, input), strict=True) if f is not None]

@@ -44,6 +44,11 @@ DATA = {
             "a mask for each image, soft labels: one class, so labels are half of the bytes",
         ),
         Data("50m", (50_000_000,), "regression on large maps (depth, heat maps): memory speed and nothing else"),
+        Data("voc16", (16, 21, 512, 512), "Pascal VOC in batches of a GPU", ignored=0.05),
+        Data("ade20k8", (8, 150, 512, 512), "ADE20K in batches of a GPU", ignored=0.05),
+        Data("vocabulary32k", (16384, 32768), "language-model rows: a row is 64 KiB of bfloat16"),
+        Data("vocabulary128k", (8192, 131072), "the largest vocabularies: a row is more than shared memory holds"),
+        Data("100m", (100_000_000,), "regression on large maps: memory speed and nothing else"),
         Data("tiny", (64, 10), "a small classifier: what a call costs before any work is done"),
     )
 }
@@ -62,6 +67,8 @@ class Workload:
     dtype: torch.dtype = torch.float32
     memory_format: torch.memory_format = torch.contiguous_format
     label_dtype: torch.dtype = torch.int64
+    autocast: bool = False  # called under torch.autocast to the input's dtype
+    devices: tuple[str, ...] = ("cpu",)  # where it is measured by default
     default: bool = True  # measured unless --workloads names others
     quick: bool = False  # measured by --quick
 
@@ -74,12 +81,16 @@ class Workload:
             parts.append(short_name(self.memory_format))
         if self.label_dtype != torch.int64:
             parts.append(short_name(self.label_dtype))
+        if self.autocast:
+            parts.append("autocast")
         return f"{self.loss}/{'-'.join(parts)}"
 
     @property
     def reason(self) -> str:
         if self.memory_format == torch.channels_last:
             return "class innermost: what convolutions in channels_last hand over"
+        if self.autocast:
+            return "half-precision logits in a region that casts to float32 where PyTorch thinks it must"
         if self.dtype != torch.float32:
             return "half the bytes: what mixed-precision training hands over"
         if self.label_dtype != torch.int64:
@@ -100,12 +111,12 @@ WORKLOADS = {
         Workload("cross_entropy", DATA["camvid"], default=False, quick=True),
         Workload("cross_entropy", DATA["nnunet"], default=False),
         Workload("cross_entropy", DATA["imagenet"], default=False),
-        Workload("cross_entropy", DATA["tiny"], quick=True),
+        Workload("cross_entropy", DATA["tiny"], quick=True, devices=("cpu", "cuda")),
         Workload("soft_iou", DATA["voc"]),
         Workload("soft_iou", DATA["voc"], dtype=torch.bfloat16),
         Workload("soft_iou", DATA["binary"]),
         Workload("soft_iou", DATA["binary"], dtype=torch.bfloat16),
-        Workload("ce+iou", DATA["nnunet"]),
+        Workload("ce+iou", DATA["nnunet"], devices=("cpu", "cuda")),
         Workload("ce+iou", DATA["nnunet"], dtype=torch.bfloat16),
         Workload("ce+iou", DATA["camvid"], default=False, quick=True),
         Workload("ce+iou", DATA["ade20k"], default=False),
@@ -113,7 +124,17 @@ WORKLOADS = {
         Workload("ce+iou+brier", DATA["voc"], dtype=torch.bfloat16),
         Workload("ce+iou+brier", DATA["voc"], memory_format=torch.channels_last),
         Workload("mse_loss", DATA["50m"]),
-        Workload("mse_loss", DATA["tiny"], quick=True),
+        Workload("mse_loss", DATA["tiny"], quick=True, devices=("cpu", "cuda")),
+        Workload("cross_entropy", DATA["voc16"], devices=("cuda",)),
+        Workload("cross_entropy", DATA["voc16"], dtype=torch.bfloat16, devices=("cuda",)),
+        Workload("cross_entropy", DATA["vocabulary32k"], dtype=torch.bfloat16, devices=("cuda",)),
+        Workload("cross_entropy", DATA["vocabulary128k"], dtype=torch.bfloat16, devices=("cuda",)),
+        Workload("soft_iou", DATA["voc16"], devices=("cuda",)),
+        Workload("ce+iou", DATA["nnunet"], dtype=torch.bfloat16, autocast=True, devices=("cuda",)),
+        Workload("ce+iou", DATA["ade20k8"], dtype=torch.bfloat16, devices=("cuda",)),
+        Workload("ce+iou+brier", DATA["voc16"], devices=("cuda",)),
+        Workload("ce+iou+brier", DATA["voc16"], dtype=torch.bfloat16, devices=("cuda",)),
+        Workload("mse_loss", DATA["100m"], devices=("cuda",)),
     )
 }
 
@@ -133,8 +154,14 @@ class Case:
         return 2 if self.target.shape == self.input.shape else 1
 
 
-def make_case(workload: Workload) -> Case:
+def make_case(workload: Workload, device: str) -> Case:
     """Normally distributed logits; labels in patches, or a normally distributed target. The same on every call."""
+    case = make_case_on_cpu(workload)
+    input = case.input.detach().to(device).requires_grad_()
+    return Case(workload, input, case.target.to(device), case.options)
+
+
+def make_case_on_cpu(workload: Workload) -> Case:
     generator = torch.Generator().manual_seed(SEED)
     data = workload.data
     input = torch.randn(data.shape, dtype=workload.dtype, generator=generator)
