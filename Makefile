@@ -17,7 +17,7 @@ CPP := $(shell find csrc tests/cuda_host -name '*.h' -o -name '*.cpp' -o -name '
 BUILD_INPUTS := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint cuda cuda-host bench build format clean
+.PHONY: help demo test lint cuda cuda-host gpu bench build format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,9 @@ cuda-host: build  ## compile the CUDA kernels for the CPU, where the tests run t
 	  -DFUSEDLOSS_CUDA_HOST=ON -DPython_EXECUTABLE=$(abspath $(PY)) -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
 	  -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir) > /dev/null
 	FORCE_CUDA=0 $(VENV)/bin/cmake --build $(CUDA_HOST) --target _C_cuda_host
+
+gpu:  ## on a machine with an NVIDIA GPU, without a network: build, test, sanitize, measure; ARGS="tests" for a part
+	PYTHON=$(PYTHON) tools/gpu.sh $(ARGS)
 
 bench: build  ## time the losses against eager PyTorch, torch.compile and the memory's own speed
 	$(PY) -m benchmarks $(ARGS)

@@ -30,6 +30,7 @@ LARGE = " and ".join(
         "test_rows_wider_than_a_tile",
         "test_arrays_of_many_chunks",
         "test_overlap_of_images_of_many_chunks",
+        "test_probabilities_of_many_chunks",
         "test_a_half_image_of_equal_logits",
         "test_half_means_of_many",
         "test_float32_means_of_many",

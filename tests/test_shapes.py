@@ -100,6 +100,23 @@ def test_images_of_many_chunks(dtype, classes, memory_format, threads, device):
         check(CROSS_ENTROPY, indices(input, labels, m.positive(classes), reduction=reduction), what=reduction)
 
 
+@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "shifted"])
+@pytest.mark.parametrize("classes", [96, 97, 193, 4096, 4097, 8195])
+@each_dtype(torch.float32, torch.bfloat16)
+def test_rows_of_many_classes(dtype, classes, shift, device):
+    """Around the lengths at which a warp, then a block takes a row; rows that begin anywhere, and elsewhere than their
+    gradient."""
+    for rows in (1, 3, 9) if classes < 4096 else (3,):
+        m = Maker(dtype, device, seed=rows)
+        input = m.normal(rows * classes + shift)[shift:].view(rows, classes)
+        labels, weight = m.labels(classes, rows, ignored=-100), m.positive(classes)
+        check(CROSS_ENTROPY, indices(input, labels, weight, reduction="none"), what=f"{rows} rows")
+        everything = indices(input, labels, weight, label_smoothing=0.3, reduction="mean")
+        check(CROSS_ENTROPY, everything, what=f"{rows} rows, everything")
+        call = probabilities(input, m.probabilities(rows, classes), weight, label_smoothing=0.1, reduction="none")
+        check(CROSS_ENTROPY, call, what=f"{rows} rows, probabilities")
+
+
 @each_dtype(torch.float32, torch.float16)
 def test_rows_wider_than_a_tile(dtype, threads, device):
     """A vocabulary: one row alone is more than the cache of a core likes."""
@@ -265,3 +282,17 @@ def test_overlap_of_images_of_many_chunks(classes, threads, device):
     input, labels = m.normal(2, classes, side, side), m.labels(classes, 2, side, side)
     for per_image in (False, True):
         check(OVERLAP_STATISTICS, on_pixels(input, labels, per_image=per_image), with_torch=False)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "none"])
+@pytest.mark.parametrize("classes", [1, 3])
+@each_dtype(torch.float32, torch.bfloat16)
+def test_probabilities_of_many_chunks(dtype, classes, activation, threads, device):
+    """Classes by themselves with soft labels have wider blocks; more than one of them, and a tail that is no vector."""
+    threads(2)
+    m = Maker(dtype, device)
+    input, labels = m.normal(2, classes, 301, 173), m.probabilities(2, 3, 301, 173)[:, :classes].contiguous()
+    for per_image in (False, True):
+        for intersection in ("min", "product"):
+            call = on_pixels(input, labels, activation=activation, per_image=per_image, intersection=intersection)
+            check(OVERLAP_STATISTICS, call, with_torch=False, what=f"per_image={per_image}, {intersection}")

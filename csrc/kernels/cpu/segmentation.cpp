@@ -187,6 +187,24 @@ void collect_block(SegmentationBlock<T>& block, ComputeType<T>* squared_error) {
   }
 }
 
+template <class T>
+void collect_plain_block(const SegmentationBlock<T>& block) {
+  const SegmentationParams& params = block.params;
+  const auto run = [&](auto sigmoid, auto product) {
+    block.with_logits([&](const auto* z, int64_t z_stride) {
+      block.with_labels([&](const auto* y, int64_t y_stride) {
+        collect_plain<sigmoid(), product()>(block.classes, z, z_stride, y, y_stride, block.count, block.work.sums);
+      });
+    });
+  };
+  const bool product = params.intersection == Intersection::kProduct;
+  if (params.activation == Activation::kSigmoid) {
+    product ? run(Bool<true>{}, Bool<true>{}) : run(Bool<true>{}, Bool<false>{});
+  } else {
+    product ? run(Bool<false>{}, Bool<true>{}) : run(Bool<false>{}, Bool<false>{});
+  }
+}
+
 // Adds the accumulators of a chunk to its table (3, C) of I, P and T, and empties them.
 template <class A>
 void flush(const SegmentationParams& params, const Workspace<A>& work, double* table) {
@@ -236,10 +254,14 @@ SegmentationPartial forward_chunk(const SegmentationParams& params, const Classe
     SegmentationBlock<T> block(params, classes, work, chunk, done, pixels);
     if (partial.bad_label < 0) partial.bad_label = block.bad_label;
     alignas(64) A cross_entropy[kBlock<A>], class_weight[kBlock<A>], squared_error[kBlock<A>];
-    fill(block, cross_entropy, class_weight);
-    collect_block(block, squared_error);
-
-    for (int i = 0; i < block.padded; i += kLanes<A>) {
+    if (block.plain) {
+      collect_plain_block(block);
+      partial.pixel_weight += block.count;
+    } else {
+      fill(block, cross_entropy, class_weight);
+      collect_block(block, squared_error);
+    }
+    for (int i = 0; !block.plain && i < block.padded; i += kLanes<A>) {
       const V m = load(pixels.weight + i);
       sum_weight += m;
       if (params.cross_entropy) {
@@ -451,7 +473,7 @@ void backward_chunk(const SegmentationParams& params, const Classes<ComputeType<
   SegmentationPixels<A> pixels;
   for (int64_t done = 0; done < chunk.count;) {
     SegmentationBlock<T> block(params, classes, work, chunk, done, pixels);
-    if (params.gradient_of_squared_error != nullptr || pixels.scales_filled != block.count) {
+    if (!block.plain && (params.gradient_of_squared_error != nullptr || pixels.scales_filled != block.count)) {
       A* scale = pixels.squared_error_scale;
       read_squared_error_scale<A>(params, block.flat, block.count, block.padded, scale);
       for (int i = 0; i < block.padded; ++i) scale[i] *= A(2);
@@ -477,7 +499,7 @@ void label_backward_chunk(const SegmentationParams& params, const Classes<Comput
   const bool product = params.intersection == Intersection::kProduct;
   SegmentationPixels<A> pixels;
   for (int64_t done = 0; done < chunk.count;) {
-    SegmentationBlock<T> block(params, classes, work, chunk, done, pixels);
+    SegmentationBlock<T> block(params, classes, work, chunk, done, pixels, false);
     alignas(64) A squared_error_scale[kBlock<A>];
     read_squared_error_scale<A>(params, block.flat, block.count, block.count, squared_error_scale);
     const A* maximum = static_cast<const A*>(params.maximum) + block.flat;

@@ -30,6 +30,10 @@ int block_width(int64_t classes) {
   return fit > kLanes<A> ? static_cast<int>(fit / kLanes<A> * kLanes<A>) : kLanes<A>;
 }
 
+// Pixels of a block of which nothing is kept but sums: enough that what a block costs is forgotten.
+template <class A>
+constexpr int kPlainBlock = 512 * kLanes<A>;
+
 // Labels come into the kernels of soft labels as a tile; no activation needs one too, because only the minimum itself
 // is right for numbers that are not in [0, 1].
 bool has_label_tile(const SegmentationParams& params) {
@@ -113,6 +117,9 @@ struct SegmentationBlock {
   const int64_t sample;
   const int64_t pixel;
   const int64_t flat;  // position of the first pixel in (N, S)
+  // Nothing to be said of each pixel: labels and logits are read where they lie, and sums or gradients are all that
+  // becomes of them. Then neither `pixels` nor the tiles are touched.
+  const bool plain;
   const int count;
   const int padded;  // up to the end of the last vector
   const T* const z;
@@ -123,20 +130,22 @@ struct SegmentationBlock {
   const void* labels_in_place = nullptr;
 
   SegmentationBlock(const SegmentationParams& params, const Classes<A>& classes, const Workspace<A>& work,
-                    const SegmentationChunk& chunk, int64_t done, SegmentationPixels<A>& pixels)
+                    const SegmentationChunk& chunk, int64_t done, SegmentationPixels<A>& pixels,
+                    bool may_be_plain = true)
       : params(params),
         classes(classes),
         work(work),
         sample(chunk.sample),
         pixel(chunk.first + done),
         flat(chunk.sample * params.pixels + pixel),
-        count(block_count(classes.count, chunk.count - done)),
+        plain(may_be_plain && lies_plain(params) && chunk.count - done >= kLanes<A>),
+        count(block_count(plain, classes.count, chunk.count - done)),
         padded(static_cast<int>(round_up(count, kLanes<A>))),
         z(static_cast<const T*>(params.input) + offset_of(params.input_layout, sample, pixel)),
         pixels(pixels) {
-    if (weighted() || pixels.filled != count) read_pixels();
-    pixels.filled = count;
-    if (labels_lie_ready()) {
+    if (!plain && (weighted() || pixels.filled != count)) read_pixels();
+    if (!plain) pixels.filled = count;
+    if (labels_lie_ready(params) && count == padded) {
       const int64_t bytes = params.target_dtype == kComputeDType ? sizeof(A) : sizeof(T);
       labels_in_place =
           static_cast<const char*>(params.target) + bytes * offset_of(params.target_layout, sample, pixel);
@@ -154,9 +163,16 @@ struct SegmentationBlock {
   // Whether a pixel's weight may be other than 1.
   bool weighted() const { return params.pixel_weight != nullptr || !params.soft_labels; }
 
-  static int block_count(int64_t classes, int64_t left) {
-    const int most = block_width<A>(classes);
-    return static_cast<int>(left < most ? left : most);
+  // Overlap alone of classes that have nothing to do with each other.
+  static bool lies_plain(const SegmentationParams& params) {
+    return params.activation != Activation::kSoftmax && !params.cross_entropy && !params.squared_error &&
+           params.input_layout.pixel_stride == 1 && labels_lie_ready(params);
+  }
+
+  static int block_count(bool plain, int64_t classes, int64_t left) {
+    const int most = plain ? kPlainBlock<A> : block_width<A>(classes);
+    const int64_t count = left < most ? left : most;
+    return static_cast<int>(plain ? count / kLanes<A> * kLanes<A> : count);
   }
 
   // Calls f(logits, stride from class to class): where they lie, or in the tile.
@@ -190,11 +206,10 @@ struct SegmentationBlock {
   }
 
  private:
-  // Whole vectors of the compute type, none of which has to be masked.
-  bool labels_lie_ready() const {
+  // Whole vectors of them can be read as the compute type, and none has to be masked.
+  static bool labels_lie_ready(const SegmentationParams& params) {
     const bool readable = params.target_dtype == kComputeDType || params.target_dtype == params.input_dtype;
-    return params.soft_labels && readable && params.target_layout.pixel_stride == 1 && params.pixel_weight == nullptr &&
-           count == padded;
+    return params.soft_labels && readable && params.target_layout.pixel_stride == 1 && params.pixel_weight == nullptr;
   }
 
   // Weights and class indices.

@@ -44,11 +44,18 @@ FUSEDLOSS_HOST_DEVICE math::Bits<Vector<A>> load_labels(const math::Bits<A>* p) 
   return *reinterpret_cast<const typename VectorOf<math::Bits<A>>::Memory*>(p);
 }
 
-// The label of class c: one-hot, or from the tile of soft labels.
+// The label of class c: one-hot, or a soft label.
 template <class A, bool kSoft, class Y>
 FUSEDLOSS_HOST_DEVICE Vector<A> label_of(math::Bits<Vector<A>> label, const Y* y, int64_t c) {
   if constexpr (kSoft) return load<Y>(y);
   return label == math::Bits<A>(c) ? splat<Vector<A>>(A(1)) : Vector<A>{};
+}
+
+// Likewise of a vector of pixels from `at` on; y_row: of class c.
+template <class A, bool kSoft, class Y>
+FUSEDLOSS_HOST_DEVICE Vector<A> label_at(const SegmentationPixels<A>& pixels, int at, const Y* y_row, int64_t c) {
+  if constexpr (kSoft) return load<Y>(y_row + at);
+  return label_of<A, false, Y>(load_labels<A>(pixels.label + at), nullptr, c);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -152,7 +159,7 @@ void fill_each(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_str
           p = s.probability;
           if constexpr (kWeighted) p = m == A(0) ? V{} : p;
           if constexpr (kCrossEntropy) {
-            V label = label_of<A, kSoft>(load_labels<A>(pixels.label + at), y_row + at, c);
+            V label = label_at<A, kSoft>(pixels, at, y_row, c);
             label = classes.smoothing.label * label + classes.smoothing.every;
             const V value = w * math::binary_cross_entropy<V>(s, logit, label, w_positive);
             store(cross_entropy + at, c == 0 ? value : load(cross_entropy + at) + value);
@@ -161,6 +168,39 @@ void fill_each(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_str
         store(tile_row + at, p);
       }
     });
+  }
+}
+
+// Of a plain block: the statistics straight from the logits and the soft labels.
+template <bool kSigmoid, bool kProduct, class T, class Y>
+void collect_plain(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride, const Y* y, int64_t y_stride,
+                   int count, const OverlapSums<ComputeType<T>>& sums) {
+  using A = ComputeType<T>;
+  using V = Vector<A>;
+  constexpr int lanes = kLanes<A>;
+  for (int c = 0; c < classes.count; ++c) {
+    const T* row = z + c * z_stride;
+    const Y* y_row = y + c * y_stride;
+    V both[2] = {}, predicted[2] = {}, labelled[2] = {};
+    for_vectors<A, 2>(count, [&](auto vectors, auto, int i, int) {
+      constexpr int n = vectors();
+#pragma GCC unroll 2
+      for (int v = 0; v < n; ++v) {
+        const V logit = load<T>(row + i + v * lanes);
+        const V label = load<Y>(y_row + i + v * lanes);
+        V p = logit;
+        if constexpr (kSigmoid) p = math::sigmoid<false, V>(logit).probability;
+        both[v] += kProduct ? p * label : math::minimum<V>(p, label);
+        predicted[v] += p;
+        labelled[v] += label;
+      }
+    });
+    const auto add = [&](A* sum, const V(&more)[2]) {
+      store(sum + c * lanes, load(sum + c * lanes) + (more[0] + more[1]));
+    };
+    add(sums.intersection, both);
+    add(sums.predicted, predicted);
+    add(sums.labelled, labelled);
   }
 }
 
@@ -305,7 +345,7 @@ void gradient_of_each(const Classes<ComputeType<T>>& classes, const Z* z, int64_
       for (int v = 0; v < n; ++v) {
         const int at = i + v * lanes;
         const V logit = partial() ? load_partial<Z>(row + at, left, 0) : load<Z>(row + at);
-        const V label = label_of<A, kSoft>(load_labels<A>(pixels.label + at), y_row + at, c);
+        const V label = label_at<A, kSoft>(pixels, at, y_row, c);
         const auto gradient_of = [&](V p) {
           // Of a hard label the minimum and the product are the same.
           constexpr bool by_product = kProduct || !kSoft;

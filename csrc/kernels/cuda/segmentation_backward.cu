@@ -1,5 +1,6 @@
 // The backward visit to the logits: the gradient of the weighted sum of the terms; and the gradient of soft labels.
 #include "kernels/cuda/segmentation_pixels.h"
+#include "kernels/cuda/segmentation_rows.h"
 
 namespace fusedloss::cuda {
 namespace {
@@ -51,25 +52,6 @@ FUSEDLOSS_DEVICE ClassGradients<A> class_gradients(const BackwardParams& params,
   gpu::sync_block();
   gradients.kept = shared;
   return gradients;
-}
-
-// Incoming gradients of the cross-entropy and the squared error of a pixel, times their scales.
-template <class A>
-struct PixelScales {
-  A cross_entropy;
-  A squared_error;
-};
-
-template <class A>
-FUSEDLOSS_DEVICE PixelScales<A> pixel_scales(const BackwardParams& params, int64_t flat) {
-  PixelScales<A> scales{0, 0};
-  if (!params.cross_entropy && !params.squared_error) return scales;
-  const A g = load_number<A>(params.grad, params.grad_dtype, params.grad_of_pixels ? flat : 0);
-  if (g == A(0)) return scales;
-  const A* of_terms = static_cast<const A*>(params.scales);
-  if (params.cross_entropy) scales.cross_entropy = of_terms == nullptr ? g : g * of_terms[0];
-  if (params.squared_error) scales.squared_error = of_terms == nullptr ? g : g * of_terms[1];
-  return scales;
 }
 
 template <class T, int kVector>
@@ -352,6 +334,7 @@ int64_t table_bytes(const BackwardParams& params) {
 
 int segmentation_backward(const BackwardParams& params, void* stream) {
   if (params.chunks.count == 0) return 0;
+  if (takes_rows(params) && params.gradient_layout.class_stride == 1) return backward_rows(params, stream);
   const int64_t of_table = table_bytes(params);
   const bool one_visit = params.activation != Activation::kSoftmax || (!params.overlap && !params.squared_error);
   const Plan plan = plan_of(params, of_table, one_visit, params.gradient);

@@ -1,6 +1,7 @@
 // The forward visit to the logits: sums of every chunk, and what the backward needs of every pixel.
 #include "kernels/cuda/reduce.h"
 #include "kernels/cuda/segmentation_pixels.h"
+#include "kernels/cuda/segmentation_rows.h"
 
 namespace fusedloss::cuda {
 namespace {
@@ -317,7 +318,9 @@ Chunks segmentation_chunks(const SegmentationParams& params) {
   Chunks chunks{1, 0, 0};
   if (params.classes == 0 || params.samples * params.pixels == 0) return chunks;
   // Whole tiles of every width: 128 threads of up to 8 pixels, or of one where classes are innermost.
-  const int64_t least = params.input_layout.pixel_stride == 1 ? kThreads * 8 : kThreads;
+  const int64_t least = takes_rows(params)                      ? rows_at_once(params)
+                        : params.input_layout.pixel_stride == 1 ? kThreads * 8
+                                                                : kThreads;
   // Enough blocks for any GPU, few enough that the tables, 24 C bytes each, stay within 4 MiB.
   int64_t most = (int64_t{4} << 20) / (24 * params.classes);
   if (!params.overlap || most > 2048) most = 2048;
@@ -335,6 +338,7 @@ int64_t segmentation_accumulator_bytes(const ForwardParams& params) {
 
 int segmentation_forward(const ForwardParams& params, void* stream) {
   if (params.chunks.count == 0) return 0;
+  if (takes_rows(params)) return forward_rows(params, stream);
   const AccumulatorPlan sums = accumulator_plan(params);
   const int64_t other = static_cast<int64_t>(kWarps * sizeof(double)) + sums.shared_bytes;
   const Plan plan = plan_of(params, other, false, nullptr);

@@ -89,7 +89,51 @@ FUSEDLOSS_DEVICE A label_of(const SegmentationParams& params, const ThreadPixels
                         target_offset + v * params.target_layout.pixel_stride + c * params.target_layout.class_stride);
 }
 
+// What is said of one pixel.
+template <class A>
+struct PixelState {
+  int label = -1;    // class, or -1 for none; class indices only
+  A weight = 0;      // m; 0 where ignored and where the label is bad
+  bool bad = false;  // a label outside its range
+};
+
 // record: nullptr where bad labels have been written down already.
+template <class A>
+FUSEDLOSS_DEVICE PixelState<A> read_pixel(const SegmentationParams& params, int64_t sample, int64_t pixel,
+                                          BadLabelRecord* record) {
+  PixelState<A> state;
+  const int64_t flat = sample * params.pixels + pixel;
+  state.weight =
+      params.pixel_weight == nullptr ? A(1) : load_number<A>(params.pixel_weight, params.pixel_weight_dtype, flat);
+  if (!params.soft_labels) {
+    const int64_t label = load_label(params.target, params.target_dtype, flat);
+    const bool ignored = label == params.ignore_index;
+    const bool known = static_cast<uint64_t>(label) < static_cast<uint64_t>(params.classes + params.first_label);
+    if (!ignored && known) state.label = static_cast<int>(label - params.first_label);
+    if (ignored || !known) state.weight = A(0);
+    if (!ignored && !known) {
+      state.bad = true;
+      record_bad_label(record, label, flat, params.classes + params.first_label);
+    }
+  } else if (params.target_dtype == DType::kUInt8) {
+    // A mask: all classes have to be looked at before one of them may be believed.
+    const int64_t at = offset_of(params.target_layout, sample, pixel);
+    for (int64_t c = 0; c < params.classes; ++c) {
+      const int value = static_cast<const uint8_t*>(params.target)[at + c * params.target_layout.class_stride];
+      if (value > 1) {
+        state.bad = true;
+        state.weight = A(0);
+        const int64_t image = flat / params.image_pixels;
+        record_bad_label(record, value, (image * params.classes + c) * params.image_pixels + flat % params.image_pixels,
+                         2);
+        break;
+      }
+    }
+  }
+  return state;
+}
+
+// record: as above.
 template <class A, int kVector>
 FUSEDLOSS_DEVICE ThreadPixels<A, kVector> read_pixels(const SegmentationParams& params, const ChunkPlace& chunk,
                                                       int64_t tile_first, BadLabelRecord* record) {
@@ -100,41 +144,32 @@ FUSEDLOSS_DEVICE ThreadPixels<A, kVector> read_pixels(const SegmentationParams& 
   pixels.flat = chunk.sample * params.pixels + pixels.pixel;
   FUSEDLOSS_UNROLL
   for (int v = 0; v < kVector; ++v) {
-    pixels.label[v] = -1;
-    pixels.weight[v] = A(0);
-    pixels.bad[v] = false;
-    if (!pixels.inside) continue;
-    const int64_t flat = pixels.flat + v;
-    A weight =
-        params.pixel_weight == nullptr ? A(1) : load_number<A>(params.pixel_weight, params.pixel_weight_dtype, flat);
-    if (!params.soft_labels) {
-      const int64_t label = load_label(params.target, params.target_dtype, flat);
-      const bool ignored = label == params.ignore_index;
-      const bool known = static_cast<uint64_t>(label) < static_cast<uint64_t>(params.classes + params.first_label);
-      if (!ignored && known) pixels.label[v] = static_cast<int>(label - params.first_label);
-      if (ignored || !known) weight = A(0);
-      if (!ignored && !known) {
-        pixels.bad[v] = true;
-        record_bad_label(record, label, flat, params.classes + params.first_label);
-      }
-    } else if (params.target_dtype == DType::kUInt8) {
-      // A mask: all classes have to be looked at before one of them may be believed.
-      const int64_t at = offset_of(params.target_layout, chunk.sample, pixels.pixel + v);
-      for (int64_t c = 0; c < params.classes; ++c) {
-        const int value = static_cast<const uint8_t*>(params.target)[at + c * params.target_layout.class_stride];
-        if (value > 1) {
-          pixels.bad[v] = true;
-          weight = A(0);
-          const int64_t image = flat / params.image_pixels;
-          record_bad_label(record, value,
-                           (image * params.classes + c) * params.image_pixels + flat % params.image_pixels, 2);
-          break;
-        }
-      }
-    }
-    pixels.weight[v] = weight;
+    PixelState<A> state;
+    if (pixels.inside) state = read_pixel<A>(params, chunk.sample, pixels.pixel + v, record);
+    pixels.label[v] = state.label;
+    pixels.weight[v] = state.weight;
+    pixels.bad[v] = state.bad;
   }
   return pixels;
+}
+
+// Incoming gradients of the cross-entropy and the squared error of a pixel, times their scales.
+template <class A>
+struct PixelScales {
+  A cross_entropy;
+  A squared_error;
+};
+
+template <class A>
+FUSEDLOSS_DEVICE PixelScales<A> pixel_scales(const BackwardParams& params, int64_t flat) {
+  PixelScales<A> scales{0, 0};
+  if (!params.cross_entropy && !params.squared_error) return scales;
+  const A g = load_number<A>(params.grad, params.grad_dtype, params.grad_of_pixels ? flat : 0);
+  if (g == A(0)) return scales;
+  const A* of_terms = static_cast<const A*>(params.scales);
+  if (params.cross_entropy) scales.cross_entropy = of_terms == nullptr ? g : g * of_terms[0];
+  if (params.squared_error) scales.squared_error = of_terms == nullptr ? g : g * of_terms[1];
+  return scales;
 }
 
 // Brings a tile's logits to shared memory. kRows: all threads of the block have to come, and have to have read what was
