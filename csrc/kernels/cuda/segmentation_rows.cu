@@ -86,7 +86,7 @@ struct RowSums {
   }
 };
 
-// The sum over the classes of w, and of which a thread of the block gets it: all. shared: (warps).
+// The sum of w over the classes. All threads of the block have to come, and all get it. shared: (warps).
 template <class A>
 FUSEDLOSS_DEVICE A sum_of_class_weights(const SegmentationParams& params, double* shared) {
   if (params.weight == nullptr) return static_cast<A>(params.classes);
