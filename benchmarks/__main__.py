@@ -188,7 +188,7 @@ def parse_arguments() -> argparse.Namespace:
 
     if arguments.workloads:
         try:
-            arguments.workloads = choose(arguments.workloads)
+            arguments.workloads = choose(arguments.workloads, arguments.device)
         except ValueError as error:
             parser.error(str(error))
     else:

@@ -187,9 +187,13 @@ def make_labels(data: Data, dtype: torch.dtype, generator: torch.Generator) -> T
     return labels.to(dtype).contiguous()
 
 
-def choose(patterns: Sequence[str]) -> list[Workload]:
-    """The workloads whose name matches one of the shell patterns, in the table's order."""
+def choose(patterns: Sequence[str], device: str) -> list[Workload]:
+    """The device's workloads whose name matches one of the shell patterns, in the table's order; any by its name."""
+    of_device = [name for name, workload in WORKLOADS.items() if device in workload.devices]
+    chosen: set[str] = set()
     for pattern in patterns:
-        if not fnmatch.filter(WORKLOADS, pattern):
-            raise ValueError(f"no workload matches {pattern!r}; --list shows their names")
-    return [w for name, w in WORKLOADS.items() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+        found = [pattern] if pattern in WORKLOADS else fnmatch.filter(of_device, pattern)
+        if not found:
+            raise ValueError(f"no workload for {device} matches {pattern!r}; --list shows their names")
+        chosen.update(found)
+    return [workload for name, workload in WORKLOADS.items() if name in chosen]

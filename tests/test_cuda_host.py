@@ -40,6 +40,7 @@ CASES = [
     "asynchronous_copies",
     "copies_read_before_waiting_are_nan",
     "copies_of_unaligned_bytes",
+    "stores_of_unaligned_bytes",
     "too_much_shared_memory",
     "bad_grids",
     "launches_after_a_failure",

@@ -18,6 +18,7 @@ from .registry import (
     on_pixels,
     probabilities,
 )
+from .test_layouts import check_in_layout, offset
 
 # Every count below two blocks of the widest kernels, then around powers of two: lanes, blocks, tiles, chunks.
 PIXELS = (*range(1, 71), 127, 128, 129, 255, 256, 257, 511, 513, 1023, 1024, 1025)
@@ -100,21 +101,31 @@ def test_images_of_many_chunks(dtype, classes, memory_format, threads, device):
         check(CROSS_ENTROPY, indices(input, labels, m.positive(classes), reduction=reduction), what=reduction)
 
 
-@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "shifted"])
 @pytest.mark.parametrize("classes", [96, 97, 193, 4096, 4097, 8195])
 @each_dtype(torch.float32, torch.bfloat16)
-def test_rows_of_many_classes(dtype, classes, shift, device):
+def test_rows_of_many_classes(dtype, classes, device):
     """Around the lengths at which a warp, then a block takes a row; rows that begin anywhere, and elsewhere than their
     gradient."""
     for rows in (1, 3, 9) if classes < 4096 else (3,):
         m = Maker(dtype, device, seed=rows)
-        input = m.normal(rows * classes + shift)[shift:].view(rows, classes)
-        labels, weight = m.labels(classes, rows, ignored=-100), m.positive(classes)
-        check(CROSS_ENTROPY, indices(input, labels, weight, reduction="none"), what=f"{rows} rows")
-        everything = indices(input, labels, weight, label_smoothing=0.3, reduction="mean")
-        check(CROSS_ENTROPY, everything, what=f"{rows} rows, everything")
-        call = probabilities(input, m.probabilities(rows, classes), weight, label_smoothing=0.1, reduction="none")
-        check(CROSS_ENTROPY, call, what=f"{rows} rows, probabilities")
+        input, weight = m.normal(rows, classes), m.positive(classes)
+        labels = m.labels(classes, rows, ignored=-100)
+        for what, call in (
+            ("plain", indices(input, labels, weight, reduction="none")),
+            ("smoothing", indices(input, labels, weight, label_smoothing=0.3, reduction="mean")),
+            ("probabilities", probabilities(input, m.probabilities(rows, classes), weight, label_smoothing=0.1)),
+        ):
+            check(CROSS_ENTROPY, call, what=f"{rows} rows, {what}")
+            check_in_layout(CROSS_ENTROPY, call, ["input"], offset, what=f"{rows} rows, {what}, offset")
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(20001, 97), (2101, 4097)], ids=["short", "long"])
+def test_many_rows_of_many_classes(rows, classes, device):
+    """More rows than there are teams of threads on CUDA: each has several, one after the other."""
+    m = Maker(torch.float32, device)
+    call = indices(m.normal(rows, classes), m.labels(classes, rows, ignored=-100), label_smoothing=0.1)
+    check(CROSS_ENTROPY, call.with_options(reduction="none"))
+    check(CROSS_ENTROPY, call.with_options(reduction="mean"))
 
 
 @each_dtype(torch.float32, torch.float16)

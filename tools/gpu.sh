@@ -11,6 +11,10 @@ cd "$(dirname "$0")/.." || exit
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-build/gpu}
 SITE=${SITE:-${TMPDIR:-/tmp}/fusedloss-gpu-site}
+"$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null || {
+  echo "tools/gpu.sh: $PYTHON has no torch that finds a GPU here" >&2
+  exit 2
+}
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 export PYTHONPATH="$SITE"

@@ -433,6 +433,11 @@ bool vote(unsigned mask, bool condition, const char* file, int line) {
   return fiber.any_condition;
 }
 
+void expect_aligned(const void* at, int bytes) {
+  if (reinterpret_cast<uintptr_t>(at) % static_cast<uintptr_t>(bytes) == 0) return;
+  fail("an access to " + std::to_string(bytes) + " bytes at an address that is not a multiple of it");
+}
+
 void copy_async_bytes(void* shared, const void* global, int bytes) {
   const uintptr_t low_bits = reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global);
   if (low_bits % static_cast<uintptr_t>(bytes) != 0) {

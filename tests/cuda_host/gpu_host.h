@@ -74,8 +74,12 @@ float float_of_half(uint16_t bits);
 uint16_t half_of_float(float number);
 uint16_t bfloat16_of_float(float number);
 
+// A GPU ends the context at a wide access to another address; a CPU would not mind.
+void expect_aligned(const void* at, int bytes);
+
 template <class V>
 void store_streaming(V* at, const V& value) {
+  expect_aligned(at, sizeof(V));
   *at = value;
 }
 

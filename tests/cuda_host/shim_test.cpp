@@ -393,6 +393,20 @@ void copies_of_unaligned_bytes() {
   REQUIRE(always_fails("not a multiple", copy_to_odd_place, static_cast<const float*>(in)));
 }
 
+struct alignas(16) Wide {
+  float numbers[4];
+};
+
+FUSEDLOSS_KERNEL(kThreads)
+store_to_odd_place(float* out) {
+  if (gpu::thread() == 0) gpu::store_streaming(reinterpret_cast<Wide*>(out + 1), Wide{});
+}
+
+void stores_of_unaligned_bytes() {
+  alignas(16) static float out[8];
+  REQUIRE(always_fails("not a multiple", store_to_odd_place, static_cast<float*>(out)));
+}
+
 FUSEDLOSS_KERNEL(kThreads)
 nothing() {}
 
@@ -527,6 +541,7 @@ constexpr Case kCases[] = {
     CASE(asynchronous_copies),
     CASE(copies_read_before_waiting_are_nan),
     CASE(copies_of_unaligned_bytes),
+    CASE(stores_of_unaligned_bytes),
     CASE(too_much_shared_memory),
     CASE(bad_grids),
     CASE(launches_after_a_failure),

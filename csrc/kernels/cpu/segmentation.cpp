@@ -21,7 +21,6 @@ namespace {
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward
 
-// Softmax: exponentials into the tile, statistics, and the cross-entropy of each pixel (not yet times m).
 // w_y of each pixel, also of those without a label.
 template <class A>
 void read_class_weights(const Classes<A>& classes, const SegmentationPixels<A>& pixels, int padded, A* out) {
@@ -32,6 +31,7 @@ void read_class_weights(const Classes<A>& classes, const SegmentationPixels<A>& 
   }
 }
 
+// Softmax: exponentials into the tile, statistics, and the cross-entropy of each pixel (not yet times m).
 // class_weight: w_y of each pixel; of class indices only.
 template <class T>
 void fill_softmax(SegmentationBlock<T>& block, ComputeType<T>* cross_entropy, ComputeType<T>* class_weight) {
@@ -260,20 +260,20 @@ SegmentationPartial forward_chunk(const SegmentationParams& params, const Classe
     } else {
       fill(block, cross_entropy, class_weight);
       collect_block(block, squared_error);
-    }
-    for (int i = 0; !block.plain && i < block.padded; i += kLanes<A>) {
-      const V m = load(pixels.weight + i);
-      sum_weight += m;
-      if (params.cross_entropy) {
-        const V value = load(cross_entropy + i);
-        sum_cross_entropy += m == A(0) ? V{} : m * value;
-        if (by_label) sum_label_weight += load(pixels.label_weight + i) * load(class_weight + i);
-      }
-      if (params.squared_error) {
-        const V value = load(squared_error + i);
-        const V weighted = m == A(0) ? V{} : m * value;
-        sum_squared_error += weighted;
-        store(squared_error + i, weighted);
+      for (int i = 0; i < block.padded; i += kLanes<A>) {
+        const V m = load(pixels.weight + i);
+        sum_weight += m;
+        if (params.cross_entropy) {
+          const V value = load(cross_entropy + i);
+          sum_cross_entropy += m == A(0) ? V{} : m * value;
+          if (by_label) sum_label_weight += load(pixels.label_weight + i) * load(class_weight + i);
+        }
+        if (params.squared_error) {
+          const V value = load(squared_error + i);
+          const V weighted = m == A(0) ? V{} : m * value;
+          sum_squared_error += weighted;
+          store(squared_error + i, weighted);
+        }
       }
     }
     if (params.squared_error_of_pixels != nullptr) {
@@ -499,7 +499,7 @@ void label_backward_chunk(const SegmentationParams& params, const Classes<Comput
   const bool product = params.intersection == Intersection::kProduct;
   SegmentationPixels<A> pixels;
   for (int64_t done = 0; done < chunk.count;) {
-    SegmentationBlock<T> block(params, classes, work, chunk, done, pixels, false);
+    SegmentationBlock<T> block(params, classes, work, chunk, done, pixels, /*may_be_plain=*/false);
     alignas(64) A squared_error_scale[kBlock<A>];
     read_squared_error_scale<A>(params, block.flat, block.count, block.count, squared_error_scale);
     const A* maximum = static_cast<const A*>(params.maximum) + block.flat;

@@ -119,7 +119,7 @@ FUSEDLOSS_DEVICE void write_neighbors(void* data, int64_t at, const A (&numbers)
     Pack<T, kCount> pack;
     FUSEDLOSS_UNROLL
     for (int v = 0; v < kCount; ++v) pack.values[v] = from_compute<T>(static_cast<ComputeType<T>>(numbers[i + v]));
-    *reinterpret_cast<Pack<T, kCount>*>(static_cast<T*>(data) + at + i) = pack;
+    store_pack(static_cast<T*>(data) + at + i, pack);
   }
 }
 
@@ -340,7 +340,7 @@ each_same(FUSEDLOSS_ARGUMENT EachParams params) {
       result.values[v] =
           from_compute<T>(value_of(to_compute(inputs[u].values[v]), to_compute(targets[u].values[v]), gradient));
     }
-    *reinterpret_cast<Pack<T, kVector>*>(out + at) = result;
+    store_pack(out + at, result);
   }
   // The last few, which fill no vector.
   const int64_t rest = params.elements % kVector;
@@ -417,27 +417,6 @@ each_any(FUSEDLOSS_ARGUMENT EachParams params) {
 }
 
 // --- which kernel ----------------------------------------------------------------------------------------------------
-
-template <class T>
-struct TypeName {
-  using Type = T;
-};
-
-template <class F>
-int with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return f(TypeName<double>{});
-    case DType::kFloat32:
-      return f(TypeName<float>{});
-    case DType::kFloat16:
-      return f(TypeName<Float16>{});
-    default:
-      return f(TypeName<BFloat16>{});
-  }
-}
-
-int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 bool aligned(const StridedArray& array, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(array.data) % static_cast<uintptr_t>(bytes) == 0;

@@ -44,7 +44,14 @@ struct alignas(sizeof(T) * kCount) Pack {
 
 template <class T, int kCount>
 FUSEDLOSS_DEVICE Pack<T, kCount> load_pack(const T* at) {
+  gpu::expect_aligned(at, sizeof(Pack<T, kCount>));
   return *reinterpret_cast<const Pack<T, kCount>*>(at);
+}
+
+template <class T, int kCount>
+FUSEDLOSS_DEVICE void store_pack(T* at, const Pack<T, kCount>& pack) {
+  gpu::expect_aligned(at, sizeof(pack));
+  *reinterpret_cast<Pack<T, kCount>*>(at) = pack;
 }
 
 // Element i of an array of any floating dtype, or of a mask (0 or 1). A: float or double.
@@ -94,5 +101,31 @@ FUSEDLOSS_DEVICE int64_t load_label(const void* data, DType dtype, int64_t i) {
       return static_cast<const uint8_t*>(data)[i];
   }
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// On the host
+
+template <class T>
+struct TypeName {
+  using Type = T;
+};
+
+// Calls f(TypeName<T>{}) with the floating type of a dtype.
+template <class F>
+int with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return f(TypeName<double>{});
+    case DType::kFloat32:
+      return f(TypeName<float>{});
+    case DType::kFloat16:
+      return f(TypeName<Float16>{});
+    default:
+      return f(TypeName<BFloat16>{});
+  }
+}
+
+// Of a floating dtype.
+inline int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 }  // namespace fusedloss::cuda

@@ -92,8 +92,7 @@ struct BackwardTile {
   }
 
   FUSEDLOSS_DEVICE void softmax() const {
-    const math::Smoothing<A> smoothing{static_cast<A>(1.0 - params.label_smoothing),
-                                       static_cast<A>(params.label_smoothing) / static_cast<A>(params.classes)};
+    const math::Smoothing<A> smoothing = smoothing_of<A>(params);
     const bool soft = params.soft_labels;
     const bool by_product = params.intersection == Intersection::kProduct;
     const bool of_probabilities = params.overlap || params.squared_error;
@@ -177,8 +176,7 @@ struct BackwardTile {
 
   // Sigmoid, or no activation: each class by itself.
   FUSEDLOSS_DEVICE void each() const {
-    const A smoothing_label = static_cast<A>(1.0 - params.label_smoothing);
-    const A smoothing_every = static_cast<A>(params.label_smoothing) / static_cast<A>(params.classes);
+    const math::Smoothing<A> smoothing = smoothing_of<A>(params);
     const bool sigmoid = params.activation == Activation::kSigmoid;
     // Of a hard label and a probability the minimum and the product are the same.
     const bool by_product = params.intersection == Intersection::kProduct || (sigmoid && !params.soft_labels);
@@ -204,7 +202,7 @@ struct BackwardTile {
           value[v] = s.probability * s.complement *
                      gradient_of(s.probability, y, by_product, twice[v], w, d_intersection, d_predicted);
           if (params.cross_entropy) {
-            const A smoothed = smoothing_label * y + smoothing_every;
+            const A smoothed = smoothing.label * y + smoothing.every;
             value[v] += of_cross_entropy[v] * w * math::binary_cross_entropy_logit_gradient<A>(s, smoothed, pos_weight);
           }
         } else {
@@ -338,8 +336,8 @@ int segmentation_backward(const BackwardParams& params, void* stream) {
   const int64_t of_table = table_bytes(params);
   const bool one_visit = params.activation != Activation::kSoftmax || (!params.overlap && !params.squared_error);
   const Plan plan = plan_of(params, of_table, one_visit, params.gradient);
-  return with_kernel(params, plan, [&](auto* type, auto vector, auto tile, auto softmax) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  return with_kernel(params, plan, [&](auto type, auto vector, auto tile, auto softmax) {
+    using T = typename decltype(type)::Type;
     return gpu::launch(backward_kernel<T, vector(), tile(), softmax()>, params.chunks.count, kThreads,
                        static_cast<size_t>(plan.tile_bytes + of_table), static_cast<gpu::Stream>(stream), params,
                        plan.tile_bytes, of_table > 0);
@@ -349,20 +347,10 @@ int segmentation_backward(const BackwardParams& params, void* stream) {
 int segmentation_label_backward(const BackwardParams& params, void* stream) {
   if (params.chunks.count == 0) return 0;
   const int64_t of_table = table_bytes(params);
-  const auto launch = [&](auto kernel) {
-    return gpu::launch(kernel, params.chunks.count, kThreads, static_cast<size_t>(of_table),
-                       static_cast<gpu::Stream>(stream), params, of_table > 0);
-  };
-  switch (params.input_dtype) {
-    case DType::kFloat64:
-      return launch(label_backward_kernel<double>);
-    case DType::kFloat32:
-      return launch(label_backward_kernel<float>);
-    case DType::kFloat16:
-      return launch(label_backward_kernel<Float16>);
-    default:
-      return launch(label_backward_kernel<BFloat16>);
-  }
+  return with_type(params.input_dtype, [&](auto type) {
+    return gpu::launch(label_backward_kernel<typename decltype(type)::Type>, params.chunks.count, kThreads,
+                       static_cast<size_t>(of_table), static_cast<gpu::Stream>(stream), params, of_table > 0);
+  });
 }
 
 }  // namespace fusedloss::cuda

@@ -84,8 +84,7 @@ struct ForwardTile {
       for (int v = 0; v < kVector; ++v) maximum[v] = math::maximum<A>(z[v], maximum[v]);
     }
     // Of the cross-entropy: see math/cross_entropy.h.
-    const math::Smoothing<A> smoothing{static_cast<A>(1.0 - params.label_smoothing),
-                                       static_cast<A>(params.label_smoothing) / static_cast<A>(params.classes)};
+    const math::Smoothing<A> smoothing = smoothing_of<A>(params);
     const bool soft = params.cross_entropy && params.soft_labels;
     const bool smooth = params.cross_entropy && !params.soft_labels && params.label_smoothing != 0.0;
     A a[kVector], b[kVector], weight_sum = 0;
@@ -159,8 +158,7 @@ struct ForwardTile {
 
   // Sigmoid, or no activation: each class by itself.
   FUSEDLOSS_DEVICE void each() {
-    const A smoothing_label = static_cast<A>(1.0 - params.label_smoothing);
-    const A smoothing_every = static_cast<A>(params.label_smoothing) / static_cast<A>(params.classes);
+    const math::Smoothing<A> smoothing = smoothing_of<A>(params);
     const A share = A(1) / static_cast<A>(params.classes);
     FUSEDLOSS_UNROLL
     for (int v = 0; v < kVector; ++v) cross_entropy[v] = squared_error[v] = label_weight[v] = A(0);
@@ -178,7 +176,7 @@ struct ForwardTile {
         if (params.activation == Activation::kNone) continue;
         const math::Sigmoid<A> s = math::sigmoid<true, A>(z[v]);
         if (params.cross_entropy) {
-          const A y = smoothing_label * label(v, c) + smoothing_every;
+          const A y = smoothing.label * label(v, c) + smoothing.every;
           cross_entropy[v] += w * math::binary_cross_entropy<A>(s, z[v], y, pos_weight);
         }
         z[v] = s.probability;
@@ -342,8 +340,8 @@ int segmentation_forward(const ForwardParams& params, void* stream) {
   const AccumulatorPlan sums = accumulator_plan(params);
   const int64_t other = static_cast<int64_t>(kWarps * sizeof(double)) + sums.shared_bytes;
   const Plan plan = plan_of(params, other, false, nullptr);
-  return with_kernel(params, plan, [&](auto* type, auto vector, auto tile, auto softmax) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  return with_kernel(params, plan, [&](auto type, auto vector, auto tile, auto softmax) {
+    using T = typename decltype(type)::Type;
     return gpu::launch(forward_kernel<T, vector(), tile(), softmax()>, params.chunks.count, kThreads,
                        static_cast<size_t>(plan.tile_bytes + other), static_cast<gpu::Stream>(stream), params,
                        plan.tile_bytes, sums.by_thread);

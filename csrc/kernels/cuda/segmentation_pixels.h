@@ -89,6 +89,12 @@ FUSEDLOSS_DEVICE A label_of(const SegmentationParams& params, const ThreadPixels
                         target_offset + v * params.target_layout.pixel_stride + c * params.target_layout.class_stride);
 }
 
+template <class A>
+FUSEDLOSS_DEVICE math::Smoothing<A> smoothing_of(const SegmentationParams& params) {
+  return {static_cast<A>(1.0 - params.label_smoothing),
+          static_cast<A>(params.label_smoothing) / static_cast<A>(params.classes)};
+}
+
 // What is said of one pixel.
 template <class A>
 struct PixelState {
@@ -231,8 +237,6 @@ struct Plan {
   int64_t tile_bytes;  // 0 for kDirect
 };
 
-inline int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
-
 // Bytes of a tile in which each thread has `vector` pixels.
 inline int64_t tile_bytes(Tile tile, int64_t classes, int vector, int64_t element_bytes) {
   if (tile == Tile::kDirect) return 0;
@@ -274,13 +278,13 @@ inline Plan plan_of(const SegmentationParams& params, int64_t other_bytes, bool 
   return {Tile::kDirect, fits(wide) ? static_cast<int>(wide) : 1, 0};
 }
 
-// Calls f(T*, kVector, kTile, kSoftmax), the last three as integral constants, for a plan's kernel.
+// Calls f(TypeName<T>, kVector, kTile, kSoftmax), the last three as integral constants, for a plan's kernel.
 template <class T, class F>
 int with_kernel_of(const SegmentationParams& params, const Plan& plan, F f) {
   constexpr int kWide = 16 / sizeof(T);
   constexpr int kNarrow = sizeof(T) < 4 ? 4 / sizeof(T) : 1;
   const auto with_activation = [&](auto vector, auto tile) {
-    T* type = nullptr;
+    const TypeName<T> type;
     return params.activation == Activation::kSoftmax ? f(type, vector, tile, std::true_type{})
                                                      : f(type, vector, tile, std::false_type{});
   };
@@ -298,16 +302,8 @@ int with_kernel_of(const SegmentationParams& params, const Plan& plan, F f) {
 
 template <class F>
 int with_kernel(const SegmentationParams& params, const Plan& plan, F f) {
-  switch (params.input_dtype) {
-    case DType::kFloat64:
-      return with_kernel_of<double>(params, plan, f);
-    case DType::kFloat32:
-      return with_kernel_of<float>(params, plan, f);
-    case DType::kFloat16:
-      return with_kernel_of<Float16>(params, plan, f);
-    default:
-      return with_kernel_of<BFloat16>(params, plan, f);
-  }
+  return with_type(params.input_dtype,
+                   [&](auto type) { return with_kernel_of<typename decltype(type)::Type>(params, plan, f); });
 }
 
 }  // namespace fusedloss::cuda

@@ -2,7 +2,6 @@
 #include "kernels/cuda/segmentation_rows.h"
 
 #include "kernels/cuda/reduce.h"
-#include "kernels/cuda/segmentation_pixels.h"
 
 namespace fusedloss::cuda {
 namespace {
@@ -17,12 +16,6 @@ template <class T, RowLabels kLabels>
 constexpr int kReadAhead = kLabels != RowLabels::kIndex ? 1
                            : sizeof(T) == 8             ? 2
                                                         : 4;
-
-template <class A>
-FUSEDLOSS_DEVICE math::Smoothing<A> smoothing_of(const SegmentationParams& params) {
-  return {static_cast<A>(1.0 - params.label_smoothing),
-          static_cast<A>(params.label_smoothing) / static_cast<A>(params.classes)};
-}
 
 // Calls visit(first class, its numbers as an array of the compute type, and of neighbors) until the lanes of a team
 // have seen the whole row: single numbers up to the first 16-byte boundary and after the last, packs in between.
@@ -97,6 +90,30 @@ FUSEDLOSS_DEVICE A sum_of_class_weights(const SegmentationParams& params, double
   return static_cast<A>(block_sum(sum, shared));
 }
 
+// What both kernels know of the labels of all rows.
+template <class A, RowLabels kLabels>
+struct RowSetting {
+  const SegmentationParams& params;
+  math::Smoothing<A> smoothing;
+  bool soft;     // a number for each class
+  bool smooth;   // class indices with label smoothing
+  A weight_sum;  // sum of w; with label smoothing
+
+  // All threads of the block have to come. shared: (warps).
+  FUSEDLOSS_DEVICE RowSetting(const SegmentationParams& params, double* shared)
+      : params(params),
+        smoothing(smoothing_of<A>(params)),
+        soft(kLabels != RowLabels::kIndex && params.soft_labels),
+        smooth(kLabels != RowLabels::kIndex && !params.soft_labels),
+        weight_sum(smooth ? sum_of_class_weights<A>(params, shared) : A(0)) {}
+
+  // w_c y~_c of a soft label; `labels`: where the row's begin.
+  FUSEDLOSS_DEVICE A label_weight(int64_t labels, int64_t c) const {
+    const A y = load_number<A>(params.target, params.target_dtype, labels + c * params.target_layout.class_stride);
+    return math::soft_label_weight<A>(smoothing, class_weight<A>(params, c), y);
+  }
+};
+
 template <class T, int kTeam, RowLabels kLabels>
 FUSEDLOSS_KERNEL(kRowThreads)
 forward_rows_kernel(FUSEDLOSS_ARGUMENT ForwardParams params) {
@@ -105,10 +122,7 @@ forward_rows_kernel(FUSEDLOSS_ARGUMENT ForwardParams params) {
   RowSums<A>* of_warps = reinterpret_cast<RowSums<A>*>(for_sums + kRowWarps);  // (warps)
   const ChunkPlace chunk = chunk_place(params, params.chunks, gpu::block());
   const int lane = gpu::thread() % kTeam;
-  const math::Smoothing<A> smoothing = smoothing_of<A>(params);
-  const bool soft = kLabels != RowLabels::kIndex && params.soft_labels;
-  const bool smooth = kLabels != RowLabels::kIndex && !params.soft_labels;
-  const A weight_sum = smooth ? sum_of_class_weights<A>(params, for_sums) : A(0);
+  const RowSetting<A, kLabels> setting(params, for_sums);
   const A nan = math::Constants<A>::infinity - math::Constants<A>::infinity;
   double cross_entropy = 0.0, label_weight = 0.0, pixel_weight = 0.0, bad_labels = 0.0;
   for (int64_t i = gpu::thread() / kTeam; i < chunk.count; i += kRowThreads / kTeam) {
@@ -125,16 +139,11 @@ forward_rows_kernel(FUSEDLOSS_ARGUMENT ForwardParams params) {
       FUSEDLOSS_UNROLL
       for (int v = 0; v < n; ++v) {
         sums.sum += math::exp_shifted<A>(z[v], larger);
-        if (!soft && !smooth) continue;
-        const A w = class_weight<A>(params, c + v);
-        A share = w;
-        if (soft) {
-          const A y =
-              load_number<A>(params.target, params.target_dtype, labels + (c + v) * params.target_layout.class_stride);
-          share = math::soft_label_weight<A>(smoothing, w, y);
+        if constexpr (kLabels != RowLabels::kIndex) {
+          const A share = setting.soft ? setting.label_weight(labels, c + v) : class_weight<A>(params, c + v);
+          sums.a += share;
+          sums.b += share * (z[v] - larger);
         }
-        sums.a += share;
-        sums.b += share * (z[v] - larger);
       }
     });
     sums.add_warp();
@@ -155,11 +164,11 @@ forward_rows_kernel(FUSEDLOSS_ARGUMENT ForwardParams params) {
       static_cast<A*>(params.sum)[flat] = sums.sum;
     }
     A a = sums.a, b = sums.b, w = 0;
-    if (!soft && state.label >= 0) {
+    if (!setting.soft && state.label >= 0) {
       w = class_weight<A>(params, state.label);
       const A label_logit = to_compute(row[state.label]) - sums.maximum;
-      a = smooth ? math::index_label_a<A>(smoothing, w, weight_sum) : w;
-      b = smooth ? math::index_label_b<A>(smoothing, w, label_logit, sums.b) : w * label_logit;
+      a = setting.smooth ? math::index_label_a<A>(setting.smoothing, w, setting.weight_sum) : w;
+      b = setting.smooth ? math::index_label_b<A>(setting.smoothing, w, label_logit, sums.b) : w * label_logit;
     }
     const A m = state.weight;
     const A value = m == A(0) ? A(0) : m * math::cross_entropy<A>(a, b, math::log<A>(sums.sum));
@@ -185,10 +194,7 @@ backward_rows_kernel(FUSEDLOSS_ARGUMENT BackwardParams params) {
   double* for_sums = reinterpret_cast<double*>(gpu::shared_memory());  // (warps)
   const ChunkPlace chunk = chunk_place(params, params.chunks, gpu::block());
   const int lane = gpu::thread() % kTeam;
-  const math::Smoothing<A> smoothing = smoothing_of<A>(params);
-  const bool soft = kLabels != RowLabels::kIndex && params.soft_labels;
-  const bool smooth = kLabels != RowLabels::kIndex && !params.soft_labels;
-  const A weight_sum = smooth ? sum_of_class_weights<A>(params, for_sums) : A(0);
+  const RowSetting<A, kLabels> setting(params, for_sums);
   const A nan = math::Constants<A>::infinity - math::Constants<A>::infinity;
   for (int64_t i = gpu::thread() / kTeam; i < chunk.count; i += kRowThreads / kTeam) {
     const int64_t pixel = chunk.first + i;
@@ -198,19 +204,15 @@ backward_rows_kernel(FUSEDLOSS_ARGUMENT BackwardParams params) {
     // Whether a pack of the row is one of the gradient's too.
     const bool alike = reinterpret_cast<uintptr_t>(row) % 16 == reinterpret_cast<uintptr_t>(to) % 16;
     const int64_t labels = offset_of(params.target_layout, chunk.sample, pixel);
-    const auto label_weight = [&](int64_t c) {  // of a soft label
-      const A y = load_number<A>(params.target, params.target_dtype, labels + c * params.target_layout.class_stride);
-      return math::soft_label_weight<A>(smoothing, class_weight<A>(params, c), y);
-    };
     const PixelState<A> state = read_pixel<A>(params, chunk.sample, pixel, nullptr);
     const A m = state.weight;
     const A g = m == A(0) ? A(0) : pixel_scales<A>(params, flat).cross_entropy;
     const A maximum = static_cast<const A*>(params.maximum)[flat];
     const A inverse_sum = m == A(0) ? A(0) : A(1) / static_cast<const A*>(params.sum)[flat];
     math::SoftmaxTerms<A> terms;
-    if (soft) {
+    if (setting.soft) {
       A sum = 0;
-      for (int64_t c = lane; c < params.classes; c += kTeam) sum += label_weight(c);
+      for (int64_t c = lane; c < params.classes; c += kTeam) sum += setting.label_weight(labels, c);
       if constexpr (kTeam > gpu::kWarp) {
         sum = static_cast<A>(block_sum(static_cast<double>(sum), for_sums));
       } else {
@@ -219,7 +221,7 @@ backward_rows_kernel(FUSEDLOSS_ARGUMENT BackwardParams params) {
       terms = math::soft_label_terms<A>(g, sum, A(0));
     } else {
       const A w = class_weight<A>(params, state.label < 0 ? 0 : state.label);
-      terms = math::index_label_terms<A>(smoothing, m, g, w, weight_sum, A(0), A(0));
+      terms = math::index_label_terms<A>(setting.smoothing, m, g, w, setting.weight_sum, A(0), A(0));
     }
     for_row<T, kTeam, kReadAhead<T, kLabels>>(row, params.classes, lane, [&](int64_t c, const auto& z) {
       constexpr int n = sizeof(z) / sizeof(A);
@@ -228,13 +230,15 @@ backward_rows_kernel(FUSEDLOSS_ARGUMENT BackwardParams params) {
       for (int v = 0; v < n; ++v) {
         const A p = math::exp_shifted<A>(z[v], maximum) * inverse_sum;
         A value;
-        if (soft) {
-          value = math::soft_label_gradient<A>(p, m, A(0), label_weight(c + v), terms.common, terms.smoothed);
+        if (setting.soft) {
+          value = math::soft_label_gradient<A>(p, m, A(0), setting.label_weight(labels, c + v), terms.common,
+                                               terms.smoothed);
         } else {
           const A labelled = state.label == c + v ? terms.labelled : A(0);
-          value = smooth ? math::index_label_gradient<true, A>(p, m, A(0), class_weight<A>(params, c + v), A(0),
-                                                               terms.common, labelled, terms.smoothed)
-                         : math::index_label_gradient<false, A>(p, m, A(0), A(0), A(0), terms.common, labelled, A(0));
+          value = setting.smooth
+                      ? math::index_label_gradient<true, A>(p, m, A(0), class_weight<A>(params, c + v), A(0),
+                                                            terms.common, labelled, terms.smoothed)
+                      : math::index_label_gradient<false, A>(p, m, A(0), A(0), A(0), terms.common, labelled, A(0));
         }
         value = m == A(0) ? A(0) : value;
         pack.values[v] = from_compute<T>(state.bad ? nan : value);
@@ -249,35 +253,25 @@ backward_rows_kernel(FUSEDLOSS_ARGUMENT BackwardParams params) {
   }
 }
 
-// Calls f(T*, kTeam, kLabels), the last two as integral constants.
+// Calls f(TypeName<T>, kTeam, kLabels), the last two as integral constants.
 template <class F>
 int with_row_kernel(const SegmentationParams& params, F f) {
-  const auto with_labels = [&](auto* type, auto team) {
-    return params.soft_labels || params.label_smoothing != 0.0
-               ? f(type, team, std::integral_constant<RowLabels, RowLabels::kOther>{})
-               : f(type, team, std::integral_constant<RowLabels, RowLabels::kIndex>{});
-  };
-  const auto with_team = [&](auto* type) {
-    return team_is_warp(params) ? with_labels(type, std::integral_constant<int, gpu::kWarp>{})
-                                : with_labels(type, std::integral_constant<int, kRowThreads>{});
-  };
-  switch (params.input_dtype) {
-    case DType::kFloat64:
-      return with_team(static_cast<double*>(nullptr));
-    case DType::kFloat32:
-      return with_team(static_cast<float*>(nullptr));
-    case DType::kFloat16:
-      return with_team(static_cast<Float16*>(nullptr));
-    default:
-      return with_team(static_cast<BFloat16*>(nullptr));
-  }
+  return with_type(params.input_dtype, [&](auto type) {
+    const auto with_labels = [&](auto team) {
+      return params.soft_labels || params.label_smoothing != 0.0
+                 ? f(type, team, std::integral_constant<RowLabels, RowLabels::kOther>{})
+                 : f(type, team, std::integral_constant<RowLabels, RowLabels::kIndex>{});
+    };
+    return team_is_warp(params) ? with_labels(std::integral_constant<int, gpu::kWarp>{})
+                                : with_labels(std::integral_constant<int, kRowThreads>{});
+  });
 }
 
 }  // namespace
 
 int forward_rows(const ForwardParams& params, void* stream) {
-  return with_row_kernel(params, [&](auto* type, auto team, auto labels) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  return with_row_kernel(params, [&](auto type, auto team, auto labels) {
+    using T = typename decltype(type)::Type;
     return gpu::launch(forward_rows_kernel<T, team(), labels()>, params.chunks.count, kRowThreads,
                        kRowWarps * (sizeof(double) + sizeof(RowSums<ComputeType<T>>)), static_cast<gpu::Stream>(stream),
                        params);
@@ -285,8 +279,8 @@ int forward_rows(const ForwardParams& params, void* stream) {
 }
 
 int backward_rows(const BackwardParams& params, void* stream) {
-  return with_row_kernel(params, [&](auto* type, auto team, auto labels) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  return with_row_kernel(params, [&](auto type, auto team, auto labels) {
+    using T = typename decltype(type)::Type;
     return gpu::launch(backward_rows_kernel<T, team(), labels()>, params.chunks.count, kRowThreads,
                        kRowWarps * sizeof(double), static_cast<gpu::Stream>(stream), params);
   });

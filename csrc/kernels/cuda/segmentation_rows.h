@@ -5,16 +5,13 @@
 // one visit, so that a step moves the logits three times: read, read again, and the gradient written.
 #pragma once
 
-#include "kernels/cuda/segmentation.h"
+#include "kernels/cuda/segmentation_pixels.h"
 
 namespace fusedloss::cuda {
 
 constexpr int kRowThreads = 256;
 
-inline int64_t row_bytes(const SegmentationParams& params) {
-  const int64_t element = params.input_dtype == DType::kFloat64 ? 8 : params.input_dtype == DType::kFloat32 ? 4 : 2;
-  return params.classes * element;
-}
+inline int64_t row_bytes(const SegmentationParams& params) { return params.classes * bytes_of(params.input_dtype); }
 
 // Shorter rows are copied to shared memory and have a thread each (Tile::kRows): up to here at least four blocks of
 // them have room on a multiprocessor.
@@ -34,7 +31,9 @@ inline bool takes_rows(const SegmentationParams& params) {
 inline bool team_is_warp(const SegmentationParams& params) { return row_bytes(params) <= kMostWarpRowBytes; }
 
 // Rows that a block works on at once.
-inline int64_t rows_at_once(const SegmentationParams& params) { return team_is_warp(params) ? kRowThreads / 32 : 1; }
+inline int64_t rows_at_once(const SegmentationParams& params) {
+  return team_is_warp(params) ? kRowThreads / gpu::kWarp : 1;
+}
 
 int forward_rows(const ForwardParams& params, void* stream);
 int backward_rows(const BackwardParams& params, void* stream);
