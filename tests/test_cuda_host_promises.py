@@ -47,6 +47,7 @@ PROMISES = [
     ("test_shapes.py", LARGE + " and not 1000 and not 5000 and not 150"),
     ("test_layouts.py", "not test_one_tensor_at_a_time"),
     ("test_dtypes.py", LARGE),
+    ("test_sums.py", ""),
     ("test_determinism.py", LARGE),
     ("test_segmentation_edges.py", LARGE),
     ("test_errors.py", ""),

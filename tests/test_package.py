@@ -58,6 +58,7 @@ def test_version():
 GROUPS = "classes=None, per_image=False, absent='skip', smooth=0.0, eps=1e-07, log=False, gamma=1.0, intersection='min'"
 PIXELS = "activation='softmax', pixel_weight=None, ignore_index=-100"
 TERMS = "cross_entropy=1.0, iou=1.0, brier=0.0, alpha=1.0, beta=1.0, label_smoothing=0.0, pos_weight=None"
+GROUP = "process_group=None"
 OF_MODULE = "activation='softmax', ignore_index=-100"
 SIGNATURES = {
     "check_labels": "(device=None)",
@@ -66,17 +67,17 @@ SIGNATURES = {
     "mse_loss": "(input, target, *, reduction='mean', weight=None)",
     "CrossEntropyLoss": "(weight=None, *, ignore_index=-100, reduction='mean', label_smoothing=0.0)",
     "MSELoss": "(*, reduction='mean', weight=None)",
-    "soft_iou_loss": f"(input, target, weight=None, *, {PIXELS}, {GROUPS}, reduction='mean')",
-    "dice_loss": f"(input, target, weight=None, *, {PIXELS}, {GROUPS}, reduction='mean')",
-    "tversky_loss": f"(input, target, weight=None, *, alpha, beta, {PIXELS}, {GROUPS}, reduction='mean')",
+    "soft_iou_loss": f"(input, target, weight=None, *, {PIXELS}, {GROUPS}, reduction='mean', {GROUP})",
+    "dice_loss": f"(input, target, weight=None, *, {PIXELS}, {GROUPS}, reduction='mean', {GROUP})",
+    "tversky_loss": f"(input, target, weight=None, *, alpha, beta, {PIXELS}, {GROUPS}, reduction='mean', {GROUP})",
     "brier_loss": f"(input, target, weight=None, *, {PIXELS}, reduction='mean')",
-    "segmentation_loss": f"(input, target, weight=None, *, {TERMS}, {PIXELS}, {GROUPS}, return_terms=False)",
-    "overlap_statistics": f"(input, target, *, {PIXELS}, per_image=False, intersection='min')",
-    "SoftIoULoss": f"(weight=None, *, {OF_MODULE}, {GROUPS}, reduction='mean')",
-    "DiceLoss": f"(weight=None, *, {OF_MODULE}, {GROUPS}, reduction='mean')",
-    "TverskyLoss": f"(weight=None, *, alpha, beta, {OF_MODULE}, {GROUPS}, reduction='mean')",
+    "segmentation_loss": f"(input, target, weight=None, *, {TERMS}, {PIXELS}, {GROUPS}, return_terms=False, {GROUP})",
+    "overlap_statistics": f"(input, target, *, {PIXELS}, per_image=False, intersection='min', {GROUP})",
+    "SoftIoULoss": f"(weight=None, *, {OF_MODULE}, {GROUPS}, reduction='mean', {GROUP})",
+    "DiceLoss": f"(weight=None, *, {OF_MODULE}, {GROUPS}, reduction='mean', {GROUP})",
+    "TverskyLoss": f"(weight=None, *, alpha, beta, {OF_MODULE}, {GROUPS}, reduction='mean', {GROUP})",
     "BrierLoss": f"(weight=None, *, {OF_MODULE}, reduction='mean')",
-    "SegmentationLoss": f"(weight=None, *, {TERMS}, {OF_MODULE}, {GROUPS}, return_terms=False)",
+    "SegmentationLoss": f"(weight=None, *, {TERMS}, {OF_MODULE}, {GROUPS}, return_terms=False, {GROUP})",
 }
 
 
@@ -89,8 +90,11 @@ def test_signature(name):
 
 @each_loss
 def test_the_reference_has_the_same_signature(loss):
+    """But for the processes: the reference is of one, and the witness of several (tests/test_distributed.py)."""
+
     def names(function):
-        return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+        parameters = inspect.signature(function).parameters.values()
+        return [(p.name, p.kind, p.default) for p in parameters if p.name != "process_group"]
 
     assert names(getattr(fusedloss.reference, loss.name)) == names(getattr(fusedloss, loss.name))
     assert loss.name in fusedloss.reference.__all__

@@ -215,7 +215,7 @@ Tensor tensor_of(const std::vector<double>& values, const std::vector<int64_t>& 
   return tensor;
 }
 
-// Element i of a contiguous tensor of the compute type.
+// Element i of a contiguous tensor of float32 or float64.
 double number_at(const Tensor& tensor, int64_t i) {
   return tensor.scalar_type() == ScalarType::Double ? static_cast<const double*>(tensor.const_data_ptr())[i]
                                                     : static_cast<const float*>(tensor.const_data_ptr())[i];
@@ -250,6 +250,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const char* op, const Tensor& input, 
   }
   if (call.output == Output::kStatistics) {
     values.assign(table.numbers.begin(), table.numbers.begin() + 3 * table.groups * table.classes);
+  } else if (call.output == Output::kSums) {
+    values = table.numbers;
   } else if (params.overlap) {
     const int64_t count = static_cast<int64_t>(call.chosen.size());
     if (call.output == Output::kEach) values.assign(table.groups * count, 0.0);
@@ -269,7 +271,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const char* op, const Tensor& input, 
     if (params.squared_error) loss += options.brier * terms[2];
     values.assign(1, loss);
   }
-  Tensor loss = each_pixel ? each : tensor_of(values, sizes, dtype);
+  Tensor loss = each_pixel ? each : tensor_of(values, sizes, call.value_type());
   if (keep) call.keep(table, statistics.mutable_data_ptr());
   return {loss, tensor_of({terms[0], terms[1], terms[2]}, {3}, dtype), statistics};
 }
@@ -278,11 +280,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const char* op, const Tensor& input, 
 std::vector<double> table_gradients(const Call& call, const Table& table, const Tensor& grad) {
   const int64_t size = table.groups * table.classes;
   std::vector<double> gradients(3 * size, 0.0);
-  if (call.output == Output::kStatistics) {
+  if (!call.params.overlap) return gradients;
+  if (gives_sums(call.output)) {
     for (int64_t i = 0; i < 3 * size; ++i) gradients[i] = number_at(grad, i);
     return gradients;
   }
-  if (!call.params.overlap) return gradients;
   const int64_t count = static_cast<int64_t>(call.chosen.size());
   call.for_counting(table, [&](int64_t g, int64_t k, double share) {
     const double factor =
@@ -342,7 +344,7 @@ Tensor segmentation_backward(Tensor grad, Tensor input, Tensor target, std::opti
   const Table table = call.kept(kept);
   call.point_into(kept);
 
-  require(sizes_of(grad) == call.output_sizes() && grad.scalar_type() == call.compute_type(), op,
+  require(sizes_of(grad) == call.output_sizes() && grad.scalar_type() == call.value_type(), op,
           "grad must have the shape and dtype of the loss");
   readable(grad, op);
   if (!grad.is_contiguous()) grad = torch::stable::contiguous(grad);
@@ -355,6 +357,12 @@ Tensor segmentation_backward(Tensor grad, Tensor input, Tensor target, std::opti
     params.squared_error_scale =
         call.output == Output::kMean ? divide(g * options.brier, table.all_pixel_weights()) : g * options.brier;
     if (call.output == Output::kEach) params.gradient_of_squared_error = grad.const_data_ptr();
+  }
+  if (call.output == Output::kSums) {
+    // Of the sums as they are: where they are divided, the caller does it.
+    const int64_t last = call.table_size();
+    if (params.cross_entropy) params.cross_entropy_scale = number_at(grad, last - 3);
+    if (params.squared_error) params.squared_error_scale = number_at(grad, last - 1);
   }
   const std::vector<double> gradients = table_gradients(call, table, grad);
   std::vector<float> gradients32;

@@ -56,14 +56,14 @@ struct SegmentationCall {
       : input(input_argument), target(target_argument), pixel_weight(pixel_weight_argument), options(given) {
     const auto in_range = [](int64_t value, int64_t last) { return value >= 0 && value <= last; };
     require(in_range(options.activation, 2), op, "activation must be 0 (softmax), 1 (sigmoid) or 2 (none)");
-    require(in_range(options.output, 3), op, "output must be 0 (each), 1 (mean), 2 (sum) or 3 (statistics)");
+    require(in_range(options.output, 4), op, "output must be 0 (each), 1 (mean), 2 (sum), 3 (statistics) or 4 (sums)");
     require(in_range(options.absent, 2), op, "absent must be 0 (skip), 1 (count) or 2 (zero)");
     require(in_range(options.intersection, 1), op, "intersection must be 0 (minimum) or 1 (product)");
     output = static_cast<Output>(options.output);
     absent = static_cast<Absent>(options.absent);
     params.activation = static_cast<Activation>(options.activation);
     params.intersection = static_cast<Intersection>(options.intersection);
-    params.cross_entropy = output == Output::kMean && options.cross_entropy != 0.0;
+    params.cross_entropy = (output == Output::kMean || output == Output::kSums) && options.cross_entropy != 0.0;
     params.overlap = output == Output::kStatistics || options.iou != 0.0;
     params.squared_error = output != Output::kStatistics && options.brier != 0.0;
     require(output != Output::kEach || params.overlap != params.squared_error, op,
@@ -123,6 +123,8 @@ struct SegmentationCall {
   bool empty() const { return params.classes == 0 || pixel_count() == 0; }
   bool float64() const { return params.input_dtype == DType::kFloat64; }
   ScalarType compute_type() const { return float64() ? ScalarType::Double : ScalarType::Float; }
+  // Of the op's value. Sums are added to those of other processes, and counts stay exact.
+  ScalarType value_type() const { return output == Output::kSums ? ScalarType::Double : compute_type(); }
   int64_t pixel_count() const { return params.samples * params.pixels; }
 
   // Statistics: (2 N S + the table) of the compute type: maximum (N S) and sum (N S) under softmax, then the bytes of
@@ -148,6 +150,8 @@ struct SegmentationCall {
         return params.overlap ? std::vector<int64_t>{groups, static_cast<int64_t>(chosen.size())} : pixel_sizes(input);
       case Output::kStatistics:
         return {3, groups, params.classes};
+      case Output::kSums:
+        return {table_size()};
       default:
         return {};
     }

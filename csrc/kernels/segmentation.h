@@ -23,7 +23,12 @@ enum class Output : int {
   kMean = 1,        // the weighted sum of the terms' means
   kSum = 2,         // likewise of their sums
   kStatistics = 3,  // I, P and T: (3, G, C)
+  kSums = 4,        // all that the formulas need, for batches whose parts lie on several processes: (3 G C + G + 3)
+                    // of double: I, P, T, then m of each group, then the sums of CE, m w_y and SE
 };
+
+// Whether the value holds (3, G, C) I, P and T first, for the caller to go on with.
+constexpr bool gives_sums(Output output) { return output == Output::kStatistics || output == Output::kSums; }
 
 // Does a class with T = 0 count in its group?
 enum class Absent : int { kSkip = 0, kCount = 1, kZero = 2 };

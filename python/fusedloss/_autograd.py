@@ -69,7 +69,7 @@ def apply(loss: Loss, tensors: Tensors, options: tuple[Any, ...], float32_loss: 
 
     float32_loss: two-byte inputs give a float32 result (inside autocast).
     """
-    if _transforms_active() or forward_ad._current_level >= 0:
+    if is_transformed():
         return loss.reference(*tensors, *options)
     if torch.compiler.is_compiling():
         return loss.public(*tensors, *options, float32_loss)
@@ -81,6 +81,11 @@ def apply(loss: Loss, tensors: Tensors, options: tuple[Any, ...], float32_loss: 
         # make_fx or jit.trace: what they record is differentiated later, and the private op has no derivative.
         return loss.public(*tensors, *options, float32_loss)
     return loss.forward(*tensors, *options, float32_loss, _ops.KEEP_NOTHING)[0]
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or a forward-mode level is active."""
+    return _transforms_active() or forward_ad._current_level >= 0
 
 
 def _is_traced() -> bool:
@@ -132,7 +137,7 @@ class _Function(torch.autograd.Function):
     def gradients(ctx: Any, grad: Tensor, wanted: tuple[bool, ...]) -> list[Tensor | None]:
         loss, options, saved = ctx.loss, ctx.options, ctx.saved_tensors
         # A transform or a tangent may also meet a graph that was built before: in the incoming gradient.
-        if torch.is_grad_enabled() or _transforms_active() or forward_ad._current_level >= 0:
+        if torch.is_grad_enabled() or is_transformed():
             ctx.gradient = None
             return _formula_gradients(loss, options, saved[: loss.tensor_count], grad, wanted)
         if len(saved) == loss.tensor_count:
@@ -184,7 +189,7 @@ def _kernel_of_public_op(loss: Loss) -> Callable[..., Any]:
     def kernel(*arguments: Any) -> Any:
         count = loss.tensor_count
         tensors, options, float32_loss = arguments[:count], arguments[count:-1], arguments[-1]
-        if _transforms_active() or forward_ad._current_level >= 0:
+        if is_transformed():
             return loss.reference(*tensors, *options)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
             return _apply_function(loss, options, float32_loss, False, *tensors)
@@ -316,7 +321,20 @@ def _reference_segmentation(
         **groups,
     }
     terms: dict[str, Tensor] = {}
-    if output == _ops.STATISTICS:
+    if output == _ops.SUMS:
+        loss = reference.segmentation_sums(
+            input,
+            target,
+            weight,
+            cross_entropy=cross_entropy != 0.0,
+            iou=iou != 0.0,
+            brier=brier != 0.0,
+            label_smoothing=label_smoothing,
+            pos_weight=pos_weight,
+            **shared,
+            **groups,
+        )
+    elif output == _ops.STATISTICS:
         loss = torch.stack(reference.overlap_statistics(input, target, **shared, **groups))
     elif output == _ops.MEAN:
         loss, terms = reference.segmentation_loss(

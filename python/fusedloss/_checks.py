@@ -29,6 +29,12 @@ MOST_CHOSEN_FROM_ON_CUDA = 1024  # ChosenClasses::kMost in csrc/kernels/cuda/seg
 def _tensor(name: str, argument: str, value: Any, like: Tensor | None = None) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: `{argument}` must be a Tensor, got {type(value).__name__}")
+    tensors_of_torch = sys.modules.get("torch.distributed.tensor")
+    if tensors_of_torch is not None and isinstance(value, tensors_of_torch.DTensor):
+        hint = "" if name in ("cross_entropy", "mse_loss", "brier_loss") else ", and process_group= for the whole batch"
+        raise TypeError(
+            f"{name}: `{argument}` must be the tensor of one process (use .to_local(){hint}), got a DTensor"
+        )
     if value.layout != torch.strided or value.is_nested:
         kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
         raise ValueError(
@@ -178,6 +184,8 @@ def check_segmentation(name: str, input: Any, target: Any, weight: Any, options:
     for argument in ("per_image", "log", "return_terms"):
         if not isinstance(options.get(argument, False), bool):
             raise TypeError(f"{name}: `{argument}` must be a bool, got {type(options[argument]).__name__}")
+    if options.get("process_group") is not None:
+        _process_group(name, options)
 
     if input.dtype not in FLOATING_DTYPES:
         raise TypeError(f"{name}: `input` must be float32, float64, float16 or bfloat16, got {input.dtype}")
@@ -275,6 +283,22 @@ def _classes(name: str, chosen: Any, classes: int) -> None:
             raise ValueError(f"{name}: `classes` must be in [0, {classes}), got {c}")
     if len(chosen) == 0 or len(set(chosen)) != len(chosen):
         raise ValueError(f"{name}: `classes` must be one or more different classes, got {list(chosen)}")
+
+
+def _process_group(name: str, options: dict[str, Any]) -> None:
+    process_group = options["process_group"]
+    if not torch.distributed.is_available():
+        raise ValueError(f"{name}: `process_group` must be None, as the installed torch has no torch.distributed")
+    if not isinstance(process_group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"{name}: `process_group` must be a torch.distributed.ProcessGroup that this process belongs to, "
+            f"got {type(process_group).__name__}"
+        )
+    if options.get("per_image", False) and (name == "overlap_statistics" or options.get("reduction") == "none"):
+        raise ValueError(
+            f"{name}: `process_group` must be None with per_image=True and a result for each image, "
+            "which has nothing to exchange"
+        )
 
 
 def _word(name: str, argument: str, value: Any, words: dict[str, int]) -> None:

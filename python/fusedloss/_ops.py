@@ -30,7 +30,9 @@ mse_loss_rescale: Callable[..., None] = torch.ops.fusedloss._mse_loss_rescale_.d
 mse_loss_backward: Callable[..., Tensor] = torch.ops.fusedloss._mse_loss_backward.default
 
 NONE, MEAN, SUM = 0, 1, 2  # torch's numbering of `reduction`
-STATISTICS = 3  # beside these three, an `output` of the segmentation op: I, P and T of each class
+# Beside these three, what the segmentation op can be asked for (its `output`):
+STATISTICS = 3  # I, P and T of each class
+SUMS = 4  # all that the formulas need, see kSums in csrc/kernels/segmentation.h
 SOFTMAX, SIGMOID, NO_ACTIVATION = 0, 1, 2
 KEEP_NOTHING, KEEP_STATISTICS, KEEP_GRADIENT = 0, 1, 2  # what a forward op gives as its second result
 
@@ -265,17 +267,20 @@ def _segmentation_forward_fake(
     keep = arguments[-1]
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     groups = input.shape[0] if per_image else 1
+    table = 3 * groups * input.shape[1] + groups + 3
     shape: list[Any] = []
     if output == STATISTICS:
         shape = [3, groups, input.shape[1]]
+    elif output == SUMS:
+        shape = [table]
     elif output == NONE:
         shape = [groups, len(classes) or input.shape[1]] if iou != 0.0 else _pixel_shape(input)
     kept: Any = 0
     if keep:
-        table = 3 * groups * input.shape[1] + groups + 3
         pixels = 2 * math.prod(_pixel_shape(input)) if activation == SOFTMAX else 0
         kept = pixels + table * (1 if dtype == torch.float64 else 2)
-    loss, terms, statistics = (input.new_empty(size, dtype=dtype) for size in (shape, [3], [kept]))
+    loss = input.new_empty(shape, dtype=torch.float64 if output == SUMS else dtype)
+    terms, statistics = (input.new_empty(size, dtype=dtype) for size in ([3], [kept]))
     return loss, terms, statistics
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from fusedloss import _calls, _checks, _ops
+from fusedloss import _calls, _checks, _distributed, _ops
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "brier_loss",
@@ -189,6 +192,7 @@ def soft_iou_loss(
     gamma: float = 1.0,
     intersection: str = "min",
     reduction: str = "mean",
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """One minus the soft intersection over union (Jaccard index) of each class, from logits, in one pass.
 
@@ -229,6 +233,11 @@ def soft_iou_loss(
         gamma: power of the loss of a class, more than 0; the derivative at a loss of 0 is 0 unless it is 1.
         intersection: "min", or "product": sum m p y, which other libraries use and which is the same for hard labels.
         reduction: "none", "mean" or "sum".
+        process_group: of :mod:`torch.distributed`: the batch is that of all its processes together, each of which calls
+            this with its own images (any number of them). The sums I, P and T are exchanged, nothing else. The loss is
+            the same on each process; gradients are multiplied by the number of processes, so that averaged, as by
+            DistributedDataParallel and FSDP, they are those of one process with the whole batch. None: this process's
+            images alone.
 
     Returns:
         A scalar, or (G, classes) with "none", where G is N with ``per_image`` and else 1; of float64 for float64 logits
@@ -237,6 +246,7 @@ def soft_iou_loss(
     Raises:
         ValueError: a wrong shape, option or mix of devices; a weight that requires a gradient.
         TypeError: a wrong type or dtype.
+        RuntimeError: ``process_group`` under a transform of :mod:`torch.func`, in forward mode or a double backward.
         IndexError: a label that is neither in its range nor ``ignore_index``; names it and its position. On CUDA the
             pixel's value and gradient are NaN instead, and :func:`fusedloss.check_labels` raises.
 
@@ -272,6 +282,7 @@ def soft_iou_loss(
         "intersection": intersection,
         "reduction": reduction,
         "iou": 1.0,
+        "process_group": process_group,
     }
     return _segmentation("soft_iou_loss", input, target, weight, options)[0]
 
@@ -294,6 +305,7 @@ def dice_loss(
     gamma: float = 1.0,
     intersection: str = "min",
     reduction: str = "mean",
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """One minus the soft Dice score (F1) of each class, from logits, in one pass.
 
@@ -337,6 +349,7 @@ def dice_loss(
         "iou": 1.0,
         "alpha": 0.5,
         "beta": 0.5,
+        "process_group": process_group,
     }
     return _segmentation("dice_loss", input, target, weight, options)[0]
 
@@ -361,6 +374,7 @@ def tversky_loss(
     gamma: float = 1.0,
     intersection: str = "min",
     reduction: str = "mean",
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """One minus the Tversky index of each class, from logits, in one pass: overlap with two prices for two errors.
 
@@ -407,6 +421,7 @@ def tversky_loss(
         "beta": beta,
         "reduction": reduction,
         "iou": 1.0,
+        "process_group": process_group,
     }
     return _segmentation("tversky_loss", input, target, weight, options)[0]
 
@@ -488,6 +503,7 @@ def segmentation_loss(
     gamma: float = 1.0,
     intersection: str = "min",
     return_terms: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> Any:
     """Weighted sum of cross-entropy, an overlap loss and the Brier loss: one pass over the logits for all of them.
 
@@ -515,6 +531,8 @@ def segmentation_loss(
         classes: as ``per_image``, ``absent``, ``smooth``, ``eps``, ``log``, ``gamma`` and ``intersection``, those of
             :func:`soft_iou_loss`; of the overlap alone.
         return_terms: also return the terms.
+        process_group: that of :func:`soft_iou_loss`, for all three terms: their divisors too are those of the whole
+            batch.
 
     Returns:
         A scalar; of float64 for float64 logits or labels, else float32. With ``return_terms`` a tuple of it and of a
@@ -554,6 +572,7 @@ def segmentation_loss(
         "gamma": gamma,
         "intersection": intersection,
         "return_terms": return_terms,
+        "process_group": process_group,
     }
     loss, terms = _segmentation("segmentation_loss", input, target, weight, options)
     if not return_terms:
@@ -571,6 +590,7 @@ def overlap_statistics(
     ignore_index: int = -100,
     per_image: bool = False,
     intersection: str = "min",
+    process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What every overlap score is made of: intersection, predicted and labelled area of each class, in one pass.
 
@@ -583,6 +603,7 @@ def overlap_statistics(
 
     Args:
         input: as all other arguments, those of :func:`soft_iou_loss`.
+        process_group: that of :func:`soft_iou_loss`; without ``per_image``.
 
     Returns:
         I, P and T, each (G, C): G is the number of images with ``per_image``, else 1. Of float64 for float64 logits or
@@ -610,6 +631,7 @@ def overlap_statistics(
         "ignore_index": ignore_index,
         "per_image": per_image,
         "intersection": intersection,
+        "process_group": process_group,
     }
     loss, _ = _segmentation("overlap_statistics", input, target, None, options)
     intersected, predicted, labelled = loss.unbind(0)
@@ -622,7 +644,8 @@ def _segmentation(
     """Loss and terms."""
     if torch.compiler.is_compiling():
         _checks.check_segmentation(name, input, target, weight, options)
-    passed = {key: value for key, value in options.items() if key not in ("reduction", "return_terms")}
+    passed = {key: value for key, value in options.items() if key not in ("reduction", "return_terms", "process_group")}
+    process_group = options.get("process_group")
     try:
         if type(options.get("return_terms", False)) is not bool:
             raise TypeError("return_terms is a bool")
@@ -630,6 +653,10 @@ def _segmentation(
             output = _ops.STATISTICS
         else:
             output = _checks.REDUCTIONS[options.get("reduction", "mean")]
+        if process_group is not None:
+            return _distributed.segmentation(
+                input, target, weight, process_group=process_group, output=output, **passed
+            )
         return _calls.segmentation(input, target, weight, output=output, **passed)
     except IndexError as error:
         if str(error).startswith("check_labels:"):
@@ -642,6 +669,6 @@ def _segmentation(
         raise IndexError(str(error).replace("segmentation:", f"{name}:", 1)) from None
     except Exception as error:
         _checks.check_segmentation(name, input, target, weight, options)
-        if isinstance(error, ValueError) and str(error).startswith("segmentation:"):
-            raise ValueError(str(error).replace("segmentation:", f"{name}:", 1)) from None
+        if type(error) in (ValueError, RuntimeError) and str(error).startswith("segmentation:"):
+            raise type(error)(str(error).replace("segmentation:", f"{name}:", 1)) from None
         raise

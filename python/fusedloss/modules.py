@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from fusedloss import functional
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "BrierLoss",
@@ -123,6 +126,7 @@ class _OverlapModule(_SegmentationModule):
         gamma: float = 1.0,
         intersection: str = "min",
         reduction: str = "mean",
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(
             weight=weight,
@@ -137,6 +141,7 @@ class _OverlapModule(_SegmentationModule):
             gamma=gamma,
             intersection=intersection,
             reduction=reduction,
+            process_group=process_group,
         )
 
 
@@ -179,6 +184,7 @@ class TverskyLoss(_SegmentationModule):
         gamma: float = 1.0,
         intersection: str = "min",
         reduction: str = "mean",
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(
             weight=weight,
@@ -195,6 +201,7 @@ class TverskyLoss(_SegmentationModule):
             gamma=gamma,
             intersection=intersection,
             reduction=reduction,
+            process_group=process_group,
         )
 
 
@@ -256,6 +263,7 @@ class SegmentationLoss(_SegmentationModule):
         gamma: float = 1.0,
         intersection: str = "min",
         return_terms: bool = False,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(
             weight=weight,
@@ -277,4 +285,5 @@ class SegmentationLoss(_SegmentationModule):
             gamma=gamma,
             intersection=intersection,
             return_terms=return_terms,
+            process_group=process_group,
         )

@@ -349,18 +349,26 @@ def tversky_loss(
     >>> tversky_loss(logits, torch.tensor([0, 1]), alpha=0.3, beta=0.7, reduction="none")
     tensor([[0.2095, 0.4355]])
     """
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"tversky_loss: `reduction` must be 'none', 'mean' or 'sum', got {reduction!r}")
     view = _view("tversky_loss", input, target, activation, pixel_weight, ignore_index)
-    loss, counts = _overlap(view, alpha, beta, classes, per_image, absent, smooth, eps, log, gamma, intersection)
+    pixels = view.pixel_weight.sum(dim=1)
+    loss, counts = overlap_of(
+        *_statistics(view, per_image, intersection),
+        pixels if per_image else pixels.sum().reshape(1),
+        alpha=alpha,
+        beta=beta,
+        classes=classes,
+        absent=absent,
+        smooth=smooth,
+        eps=eps,
+        log=log,
+        gamma=gamma,
+    )
     if reduction == "none":
         return loss
-    class_weight = _chosen(_ones_or(weight, view), classes) * counts
-    weighted = class_weight * loss
-    if reduction == "sum":
-        return weighted.sum()
-    if reduction != "mean":
-        raise ValueError(f"tversky_loss: `reduction` must be 'none', 'mean' or 'sum', got {reduction!r}")
-    group_loss = _divide(weighted.sum(dim=1), class_weight.sum(dim=1))
-    return _divide(group_loss.sum(), counts.any(dim=1).to(loss.dtype).sum())
+    total, groups = add_classes(loss, counts, _chosen(_ones_or(weight, view), classes), mean=reduction == "mean")
+    return total if reduction == "sum" else divide(total, groups)
 
 
 def brier_loss(
@@ -393,7 +401,7 @@ def brier_loss(
         return loss.sum()
     if reduction != "mean":
         raise ValueError(f"brier_loss: `reduction` must be 'none', 'mean' or 'sum', got {reduction!r}")
-    return _divide(loss.sum(), view.pixel_weight.sum())
+    return divide(loss.sum(), view.pixel_weight.sum())
 
 
 def segmentation_loss(
@@ -440,7 +448,7 @@ def segmentation_loss(
     view = _view("segmentation_loss", input, target, **options)
     terms: dict[str, Tensor] = {}
     if cross_entropy != 0.0:
-        terms["cross_entropy"] = _cross_entropy_term(view, weight, label_smoothing, pos_weight)
+        terms["cross_entropy"] = divide(*_cross_entropy_sums(view, weight, label_smoothing, pos_weight))
     if iou != 0.0:
         terms["iou"] = tversky_loss(
             input,
@@ -539,12 +547,6 @@ def _view(
     )
 
 
-def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Quotient, 0 where the denominator is; written so that its derivative there is 0 too."""
-    some = denominator != 0
-    return torch.where(some, numerator / torch.where(some, denominator, 1.0), 0.0)
-
-
 def _ones_or(weight: Tensor | None, view: _View) -> Tensor:
     """(C,)"""
     like = view.probabilities
@@ -562,9 +564,10 @@ def _brier(view: _View, weight: Tensor | None) -> Tensor:
     return view.pixel_weight * (_ones_or(weight, view)[:, None] * square).sum(dim=1)
 
 
-def _cross_entropy_term(
+def _cross_entropy_sums(
     view: _View, weight: Tensor | None, label_smoothing: float, pos_weight: Tensor | None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """The sum over the pixels, and what it is divided by in a mean."""
     classes = view.logits.shape[1]
     class_weight = _ones_or(weight, view)[:, None]
     if view.activation == "none":
@@ -576,14 +579,14 @@ def _cross_entropy_term(
         zero = torch.zeros_like(view.logits)
         loss = positive * torch.logaddexp(-view.logits, zero) + (1.0 - label) * torch.logaddexp(view.logits, zero)
         loss = (class_weight * loss).sum(dim=1) / classes
-        return _divide((view.pixel_weight * loss).sum(), view.pixel_weight.sum())
+        return (view.pixel_weight * loss).sum(), view.pixel_weight.sum()
     log_probability = torch.log_softmax(view.logits, dim=1)
     if view.index is None:
         label = view.labels
         if label_smoothing > 0.0:
             label = (1.0 - label_smoothing) * label + label_smoothing / classes
         loss = -(class_weight * label * log_probability).sum(dim=1)
-        return _divide((view.pixel_weight * loss).sum(), view.pixel_weight.sum())
+        return (view.pixel_weight * loss).sum(), view.pixel_weight.sum()
     # By index and not by one-hot labels, whose 0 times a logarithm of -infinity would be NaN.
     index = view.index.unsqueeze(1)
     label_weight = class_weight.expand(view.logits.shape).gather(1, index).squeeze(1)
@@ -591,7 +594,7 @@ def _cross_entropy_term(
     if label_smoothing > 0.0:
         evenly = -(class_weight * log_probability).sum(dim=1)
         loss = (1.0 - label_smoothing) * loss + (label_smoothing / classes) * evenly
-    return _divide((view.pixel_weight * loss).sum(), (view.pixel_weight * label_weight).sum())
+    return (view.pixel_weight * loss).sum(), (view.pixel_weight * label_weight).sum()
 
 
 def _statistics(view: _View, per_image: bool, intersection: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -607,21 +610,71 @@ def _statistics(view: _View, per_image: bool, intersection: str) -> tuple[Tensor
     return i, predicted, t
 
 
-def _overlap(
-    view: _View,
+def segmentation_sums(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    *,
+    cross_entropy: bool,
+    iou: bool,
+    brier: bool,
+    label_smoothing: float,
+    pos_weight: Tensor | None,
+    activation: str,
+    pixel_weight: Tensor | None,
+    ignore_index: int,
+    per_image: bool,
+    intersection: str,
+) -> Tensor:
+    """All that the formulas need: (3 G C + G + 3) of float64, in the order of kSums in csrc/kernels/segmentation.h."""
+    view = _view("segmentation", input, target, activation, pixel_weight, ignore_index)
+    pixels = view.pixel_weight.sum(dim=1)
+    if not per_image:
+        pixels = pixels.sum().reshape(1)
+    zero = pixels.new_zeros(())
+    sums = [zero, zero, zero]
+    if cross_entropy:
+        sums[0], divisor = _cross_entropy_sums(view, weight, label_smoothing, pos_weight)
+        if view.index is not None:
+            sums[1] = divisor
+    if brier:
+        sums[2] = _brier(view, weight).sum()
+    if iou:
+        table = torch.stack(_statistics(view, per_image, intersection))
+    else:
+        table = pixels.new_zeros((3, pixels.shape[0], view.logits.shape[1]))
+    return torch.cat([table.reshape(-1), pixels, torch.stack(sums)]).to(torch.float64)
+
+
+# ---- the formulas on the table: those of the losses over several processes too (_distributed.py) ---------------------
+
+
+def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Quotient, 0 where the denominator is; written so that its derivative there is 0 too."""
+    some = denominator != 0
+    return torch.where(some, numerator / torch.where(some, denominator, 1.0), 0.0)
+
+
+def overlap_of(
+    intersection: Tensor,
+    predicted: Tensor,
+    labelled: Tensor,
+    pixels: Tensor,
+    *,
     alpha: float,
     beta: float,
     classes: Sequence[int] | None,
-    per_image: bool,
     absent: str,
     smooth: float,
     eps: float,
     log: bool,
     gamma: float,
-    intersection: str,
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each chosen class in each group, 0 where it does not count, and whether it counts: (G, classes)."""
-    i, p, t = (_chosen(s, classes) for s in _statistics(view, per_image, intersection))
+    """Loss of each chosen class in each group, 0 where it does not count, and whether it counts: (G, classes).
+
+    Of I, P and T, each (G, C), and the sum of the pixels' weights in each group, (G,).
+    """
+    i, p, t = (_chosen(of_classes, classes) for of_classes in (intersection, predicted, labelled))
     score = (i + smooth) / (i + alpha * (p - i) + beta * (t - i) + smooth).clamp_min(eps)
     loss = -torch.log(score.clamp_min(eps)) if log else 1.0 - score
     loss = loss.clamp_min(0.0)
@@ -629,8 +682,7 @@ def _overlap(
         positive = loss > 0.0  # at 0 the power may have an infinite derivative
         loss = torch.where(positive, torch.where(positive, loss, 1.0) ** gamma, 0.0)
 
-    pixels = view.pixel_weight.sum(dim=1, keepdim=True) if per_image else view.pixel_weight.sum().reshape(1, 1)
-    counts = (pixels != 0).expand(loss.shape)
+    counts = (pixels != 0).unsqueeze(1).expand(loss.shape)
     present = t != 0
     if absent == "skip":
         counts = counts & present
@@ -642,6 +694,18 @@ def _overlap(
     else:
         raise ValueError(f"`absent` must be 'skip', 'count' or 'zero', got {absent!r}")
     return loss, counts
+
+
+def add_classes(loss: Tensor, counts: Tensor, class_weight: Tensor, *, mean: bool) -> tuple[Tensor, Tensor]:
+    """Sum over the groups of sum w loss, or, for a mean, of sum w loss / sum w; and how many groups have a class.
+
+    Of loss and counts, each (G, classes), and the weights of the classes, (classes,).
+    """
+    class_weight = class_weight * counts
+    of_group = (class_weight * loss).sum(dim=1)
+    if mean:
+        of_group = divide(of_group, class_weight.sum(dim=1))
+    return of_group.sum(), counts.any(dim=1).to(loss.dtype).sum()
 
 
 def _result_dtype(*tensors: Tensor | None) -> torch.dtype:

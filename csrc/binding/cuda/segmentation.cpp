@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& ta
   const ScalarType dtype = call.compute_type();
   Tensor statistics = allocate_like(input, {keep ? call.statistics_size() : 0}, {1}, dtype);
   const std::vector<int64_t> sizes = call.output_sizes();
-  Tensor value = allocate_like(input, sizes, contiguous_strides(sizes), dtype);
+  Tensor value = allocate_like(input, sizes, contiguous_strides(sizes), call.value_type());
   Tensor terms = allocate_like(input, {3}, {1}, dtype);
   void* kept = writable(statistics, op);
   if (keep) call.point_into(kept);
@@ -136,7 +136,7 @@ Tensor segmentation_backward(Tensor grad, Tensor input, Tensor target, std::opti
   require(statistics.dim() == 1 && statistics.numel() == call.statistics_size() &&
               statistics.scalar_type() == call.compute_type() && statistics.is_contiguous(),
           op, "statistics must be those that the forward op keeps");
-  require(sizes_of(grad) == call.output_sizes() && grad.scalar_type() == call.compute_type(), op,
+  require(sizes_of(grad) == call.output_sizes() && grad.scalar_type() == call.value_type(), op,
           "grad must have the shape and dtype of the loss");
   readable(grad, op);
   if (!grad.is_contiguous()) grad = torch::stable::contiguous(grad);

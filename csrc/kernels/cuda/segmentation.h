@@ -71,7 +71,8 @@ struct FinishParams {
   double* sums;    // scratch: (3, G, C) I, P, T, then (G) sums of m
   double* losses;  // scratch: (G, C) share times loss of each counting class, then (G) sums of w over them
 
-  void* value;  // by output: (), (G, K) or (3, G, C) of value_dtype; nullptr where it is one number a pixel
+  void* value;  // by output: (), (G, K), (3, G, C) or (3 G C + G + 3,) of value_dtype; nullptr where it is one number
+                // a pixel
   DType value_dtype;
   void* terms;  // (3,) of A, or nullptr
   // For an incoming gradient of 1, or nullptr:

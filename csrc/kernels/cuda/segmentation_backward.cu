@@ -19,7 +19,7 @@ struct ClassGradients {
   FUSEDLOSS_DEVICE A make(int k, int64_t c) const {
     const int64_t size = params.groups * params.classes;
     const int64_t at = k * size + group * params.classes + c;
-    if (params.output == Output::kStatistics) return load_number<A>(params.grad, params.grad_dtype, at);
+    if (gives_sums(params.output)) return load_number<A>(params.grad, params.grad_dtype, at);
     int64_t of_grad = 0;
     if (params.output == Output::kEach) {
       const int64_t place = params.chosen.all ? c : params.chosen.place[c];

@@ -155,15 +155,19 @@ struct Finish {
 
   FUSEDLOSS_DEVICE void write_statistics() const {
     for (int64_t i = gpu::thread(); i < 3 * size; i += kFinishThreads) {
-      store_number<double>(params.value, params.value_dtype, i, params.sums[i]);
+      store_number<double>(params.value, params.value_dtype, i, params.overlap ? params.sums[i] : 0.0);
       if (params.table_gradients != nullptr) store(params.table_gradients, i, 1.0);
+    }
+    if (params.output != Output::kSums) return;
+    for (int64_t g = gpu::thread(); g < params.groups; g += kFinishThreads) {
+      store_number<double>(params.value, params.value_dtype, 3 * size + g, weight_of_group(g));
     }
   }
 
   // Numbers of the groups in which there was a bad label.
   FUSEDLOSS_DEVICE void spoil_groups() const {
     gpu::sync_block();  // the numbers have been written
-    const bool statistics = params.output == Output::kStatistics;
+    const bool statistics = gives_sums(params.output);
     const int64_t row = statistics ? params.classes : params.chosen.count;
     for (int64_t g = gpu::thread() / gpu::kWarp; g < params.groups; g += kFinishWarps) {
       if (sum_of_group(kBadLabels, g) == 0.0) continue;
@@ -189,7 +193,7 @@ FUSEDLOSS_KERNEL(kFinishThreads) finish_kernel(FUSEDLOSS_ARGUMENT FinishParams p
   const bool bad = finish.sum_of_chunks(kBadLabels) != 0.0;
 
   double overlap = 0.0;
-  if (params.output == Output::kStatistics) {
+  if (gives_sums(params.output)) {
     finish.write_statistics();
   } else if (params.overlap) {
     finish.fill_losses(finish.count_groups());
@@ -197,13 +201,20 @@ FUSEDLOSS_KERNEL(kFinishThreads) finish_kernel(FUSEDLOSS_ARGUMENT FinishParams p
     for (int64_t i = gpu::thread(); i < finish.size; i += kFinishThreads) overlap += params.losses[i];
     overlap = block_sum(overlap, finish.shared);
   }
-  const bool many = params.output == Output::kStatistics || (params.output == Output::kEach && params.overlap);
+  const bool many = gives_sums(params.output) || (params.output == Output::kEach && params.overlap);
   if (many && bad && params.value != nullptr) finish.spoil_groups();
 
   const double cross_entropy = finish.sum_of_chunks(kCrossEntropy);
   const double squared_error = finish.sum_of_chunks(kSquaredError);
   const double label_weight = finish.sum_of_chunks(kLabelWeight);
   if (gpu::thread() != 0) return;
+  if (params.output == Output::kSums) {
+    const double sums[3] = {cross_entropy, label_weight, squared_error};
+    for (int k = 0; k < 3; ++k) {
+      store_number<double>(params.value, params.value_dtype, 3 * finish.size + params.groups + k,
+                           bad ? not_a_number() : sums[k]);
+    }
+  }
   const bool scalar = params.output == Output::kMean || params.output == Output::kSum;
   const bool mean = params.output == Output::kMean;
   const double divisor = params.divide_by_label_weight ? label_weight : pixel_weight;

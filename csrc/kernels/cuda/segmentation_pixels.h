@@ -170,6 +170,12 @@ template <class A>
 FUSEDLOSS_DEVICE PixelScales<A> pixel_scales(const BackwardParams& params, int64_t flat) {
   PixelScales<A> scales{0, 0};
   if (!params.cross_entropy && !params.squared_error) return scales;
+  if (params.output == Output::kSums) {
+    const int64_t at = (3 * params.classes + 1) * params.groups;  // of the sum of CE, then of m w_y, then of SE
+    if (params.cross_entropy) scales.cross_entropy = load_number<A>(params.grad, params.grad_dtype, at);
+    if (params.squared_error) scales.squared_error = load_number<A>(params.grad, params.grad_dtype, at + 2);
+    return scales;
+  }
   const A g = load_number<A>(params.grad, params.grad_dtype, params.grad_of_pixels ? flat : 0);
   if (g == A(0)) return scales;
   const A* of_terms = static_cast<const A*>(params.scales);
