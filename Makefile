@@ -17,7 +17,7 @@ CPP := $(shell find csrc tests/cuda_host -name '*.h' -o -name '*.cpp' -o -name '
 BUILD_INPUTS := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint cuda cuda-host gpu bench build format clean
+.PHONY: help demo test lint cuda cuda-host sanitize gpu bench build format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -40,10 +40,23 @@ cuda: build  ## compile the CUDA kernels for several architectures, without a GP
 	$(PY) tools/check_cuda.py
 
 cuda-host: build  ## compile the CUDA kernels for the CPU, where the tests run them thread by thread
-	@FORCE_CUDA=0 $(VENV)/bin/cmake -S . -B $(CUDA_HOST) -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	$(call BUILD_CUDA_HOST,$(CUDA_HOST),OFF)
+
+# In a folder of its own: sanitized code is three times slower, and a third of an hour is too long for every change.
+SANITIZED := $(VENV)/cuda_host_sanitized
+sanitize: build  ## run those tests under AddressSanitizer and UBSan
+	$(call BUILD_CUDA_HOST,$(SANITIZED),ON)
+	FUSEDLOSS_CUDA_HOST_LIBRARY=$(SANITIZED)/_C_cuda_host.so FUSEDLOSS_TEST_SEEDS=40 ASAN_OPTIONS=detect_leaks=0 \
+	  FUSEDLOSS_CUDA_HOST_PRELOAD="$$(gcc -print-file-name=libasan.so):$$(gcc -print-file-name=libstdc++.so)" \
+	  $(PY) -m pytest --numprocesses auto --dist worksteal tests/test_cuda_host_promises.py $(ARGS)
+
+# $(1): the build folder. $(2): under the sanitizers?
+define BUILD_CUDA_HOST
+	@FORCE_CUDA=0 $(VENV)/bin/cmake -S . -B $(1) -G Ninja -DCMAKE_BUILD_TYPE=Release -DFUSEDLOSS_SANITIZE=$(2) \
 	  -DFUSEDLOSS_CUDA_HOST=ON -DPython_EXECUTABLE=$(abspath $(PY)) -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
 	  -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir) > /dev/null
-	FORCE_CUDA=0 $(VENV)/bin/cmake --build $(CUDA_HOST) --target _C_cuda_host
+	FORCE_CUDA=0 $(VENV)/bin/cmake --build $(1) --target _C_cuda_host
+endef
 
 gpu:  ## on a machine with an NVIDIA GPU, without a network: build, test, sanitize, measure; ARGS="tests" for a part
 	PYTHON=$(PYTHON) tools/gpu.sh $(ARGS)
@@ -59,7 +72,7 @@ format: build  ## rewrite the sources in the project's style
 	$(VENV)/bin/clang-format -i $(CPP)
 
 clean:  ## remove everything that was built (the environment keeps its packages)
-	rm -rf build dist $(BUILD) $(CUDA_HOST) $(STAMPS)/built .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist $(BUILD) $(CUDA_HOST) $(SANITIZED) $(STAMPS)/built .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # Debian splits ensurepip from Python; then the pip that is there installs one into the environment.
 $(PY):
