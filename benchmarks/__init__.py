@@ -2,5 +2,5 @@
 
 README.md says how it is measured. In order of reading: workloads (what is measured), providers (who is measured),
 truth (is the answer right), measure (how long, how much memory), floor (how fast it could be), results and machine
-(what is kept), report (what is shown).
+(what is kept), report, compare and plot (what is shown), sweeps (workloads in a row).
 """

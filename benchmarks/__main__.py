@@ -7,17 +7,19 @@ python -m benchmarks --workloads 'mse_loss/*' --check     some workloads, and ho
 python -m benchmarks --level avx2                         with another instruction-set level of fusedloss
 python -m benchmarks --device cuda --check                on a GPU
 python -m benchmarks --show FILE.csv --check              the tables of an earlier run
-python -m benchmarks --show FILE.csv --plot FILE.png      its picture
+python -m benchmarks --show FILE.csv --plot FILE.png      its picture; --plot FOLDER draws all that it can give
+python -m benchmarks --compare OLD.csv                    measure again: what has become slower? then exit status 1
+python -m benchmarks --compare OLD.csv --show NEW.csv     the same of two earlier runs
+python -m benchmarks --sweep classes                      time against the number of classes; pixels: of pixels
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import machine, report, results
+from benchmarks import compare, machine, report, results, sweeps
 from benchmarks.measure import PASSES
-from benchmarks.providers import OURS, PROVIDERS
+from benchmarks.providers import COMPILE, EAGER, OURS, PROVIDERS
 from benchmarks.results import Row
 from benchmarks.run import Providers, run
 from benchmarks.workloads import WORKLOADS, choose
@@ -37,7 +39,7 @@ from benchmarks.workloads import WORKLOADS, choose
 ROUNDS = 15
 QUICK_ROUNDS = 3
 WIDTH_OF_FILES = 140  # where the output is not a terminal
-IDLE_LOAD = 0.5
+OF_SWEEPS = (OURS, EAGER, COMPILE)  # who is measured by default
 
 
 def main() -> int:
@@ -48,26 +50,30 @@ def main() -> int:
     if arguments.list:
         list_choices(console)
         return 0
+    old = read(arguments.compare) if arguments.compare else []
     if arguments.show:
-        rows = results.read(arguments.show)
-        show(console, rows, arguments.check)
-        if arguments.plot:
-            draw(console, rows, json.loads(arguments.show.with_suffix(".json").read_text()), arguments.plot)
-        return 0
+        return show_earlier(console, arguments, old)
 
+    if arguments.compare:
+        take_choices_of(old, arguments)
     torch.set_num_threads(arguments.threads)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("python -m benchmarks: --device cuda: torch finds no GPU here")
-    providers = load_providers(arguments.providers, arguments.level, console)
+    for name in arguments.sweep:
+        sizes = ", ".join(map(str, sweeps.left_out(name, arguments.device)))
+        if sizes:
+            console.print(f"[dim]sweep of {name}: without {sizes}, which would take too much memory", highlight=False)
+    providers = load_providers(arguments.providers, arguments.level, arguments.device, console)
     load = machine.load_average()
-    if load is not None and load > IDLE_LOAD:
+    if load is not None and load > machine.IDLE_LOAD:
         console.print(
             f"[yellow]other programs are running (load average {load}): the times will be too long and unsteady"
         )
     header = machine.describe(arguments.threads, arguments.device) | {"rounds": arguments.repeats}
     output = arguments.output
     if output is None and not arguments.quick:
-        output = results.free_path(machine.file_stem(arguments.threads, arguments.device, arguments.level))
+        stem = machine.file_stem(arguments.threads, arguments.device, arguments.level)
+        output = results.free_path("_".join([stem, *(f"sweep-{name}" for name in arguments.sweep)]))
     rows: list[Row] = []
     progress, task = progress_bar(console, total=len(arguments.workloads) * (arguments.repeats + 1))
     try:
@@ -94,7 +100,48 @@ def main() -> int:
         console.print(f"written: {os.path.relpath(output)} and {output.with_suffix('.json').name}", soft_wrap=True)
     if arguments.plot:
         draw(console, rows, header, arguments.plot)
-    return 0 if all(row.right for row in rows) else 1
+    slower = bool(arguments.compare) and became_slower(console, arguments.compare, old, rows, header)
+    return 0 if all(row.right for row in rows) and not slower else 1
+
+
+def show_earlier(console: Console, arguments: argparse.Namespace, old: Sequence[Row]) -> int:
+    rows, header = read(arguments.show), results.read_header(arguments.show)
+    show(console, rows, arguments.check)
+    if arguments.plot:
+        draw(console, rows, header, arguments.plot)
+    return int(bool(arguments.compare) and became_slower(console, arguments.compare, old, rows, header))
+
+
+def read(path: Path) -> list[Row]:
+    try:
+        return results.read(path)
+    except ValueError as error:
+        raise SystemExit(f"python -m benchmarks: {error}") from error
+
+
+def take_choices_of(old: Sequence[Row], arguments: argparse.Namespace) -> None:
+    """What is not chosen on the command line is what the older result has: its workloads and passes, of fusedloss."""
+    ours = [row for row in old if row.provider == OURS and row.device == arguments.device and row.median_us]
+    known = {row.workload: WORKLOADS.get(row.workload) or sweeps.find(row.workload) for row in ours}
+    if not arguments.chosen:
+        arguments.workloads = [workload for workload in known.values() if workload]
+    if not {workload.name for workload in arguments.workloads} & known.keys():
+        raise SystemExit(
+            f"python -m benchmarks: --compare: of {arguments.compare} no workload of {OURS} on {arguments.device} "
+            "would be measured, so there would be nothing to compare"
+        )
+    if not arguments.passes_chosen:
+        arguments.passes = [one for name, one in PASSES.items() if any(row.pass_name == name for row in ours)]
+    arguments.providers = arguments.providers or [OURS]
+
+
+def became_slower(
+    console: Console, path: Path, old: Sequence[Row], rows: Sequence[Row], header: Mapping[str, Any]
+) -> bool:
+    try:
+        return compare.show(console, old, rows, results.read_header(path), header)
+    except ValueError as error:
+        raise SystemExit(f"python -m benchmarks: --compare {path}: {error}") from error
 
 
 def show(console: Console, rows: Sequence[Row], check: bool) -> None:
@@ -103,22 +150,28 @@ def show(console: Console, rows: Sequence[Row], check: bool) -> None:
         report.show_targets(console, rows)
 
 
-def draw(console: Console, rows: Sequence[Row], header: dict[str, Any], path: Path) -> None:
+def draw(console: Console, rows: Sequence[Row], header: Mapping[str, Any], path: Path) -> None:
+    """One picture, or, where the path is no picture's, all that the rows can give into that folder."""
     from benchmarks import plot  # matplotlib is needed for this alone
 
     try:
-        plot.draw(rows, header, path)
+        drawn = plot.draw(rows, header, path) if path.suffix else plot.draw_all(rows, header, path)
     except ValueError as error:
         raise SystemExit(f"python -m benchmarks: --plot: {error}") from error
-    console.print(f"drawn: {os.path.relpath(path)}", soft_wrap=True)
+    for one in drawn:
+        console.print(f"drawn: {os.path.relpath(one)}", soft_wrap=True)
 
 
-def load_providers(names: Sequence[str], level: str | None, console: Console) -> Providers:
+def load_providers(names: Sequence[str], level: str | None, device: str, console: Console) -> Providers:
     """Import the libraries. The level has to be known before fusedloss is imported."""
     if level is not None:
         os.environ["FUSEDLOSS_CPU_CAPABILITY"] = level
     providers = {}
     for name in names or PROVIDERS:
+        if device not in PROVIDERS[name].devices:
+            if names:
+                raise SystemExit(f"python -m benchmarks: provider {name} does not run on {device}")
+            continue
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", RuntimeWarning)
@@ -160,13 +213,22 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--workloads", nargs="+", metavar="NAME", default=[], help="names or shell patterns; --list shows the names")
+    add(
+        "--sweep",
+        nargs="+",
+        choices=sweeps.SIZES,
+        metavar="NAME",
+        default=[],
+        help="classes or pixels: cross_entropy and ce+iou over many sizes; by default the pass both of "
+        f"{', '.join(OF_SWEEPS)}; --workloads chooses among the sweep's",
+    )
     add("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", default=[], help="default: all that are installed")
     add(
         "--passes",
         nargs="+",
         choices=PASSES,
         metavar="NAME",
-        default=[one.name for one in PASSES.values() if one.default],
+        default=[],
         help="default: forward, backward, both",
     )
     add(
@@ -182,22 +244,34 @@ def parse_arguments() -> argparse.Namespace:
     add("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds of some small workloads; keeps nothing by default")
     add("--check", action="store_true", help="also show how fusedloss stands against the targets")
     add("--show", type=existing_file, metavar="FILE.csv", help="measure nothing; show the results in this file")
-    add("--plot", type=Path, metavar="FILE.png", help="also draw time and memory as bars")
+    add("--compare", type=existing_file, metavar="OLD.csv", help="what has become slower or faster since that result")
+    add(
+        "--plot", type=Path, metavar="PATH", help="also draw: bars or a sweep into FILE.png, all pictures into a FOLDER"
+    )
     add("--list", action="store_true", help="show workloads, providers and passes")
     arguments = parser.parse_args()
 
+    arguments.chosen = bool(arguments.workloads or arguments.sweep or arguments.quick)
+    arguments.passes_chosen = bool(arguments.passes)
+    swept = [one for name in arguments.sweep for one in sweeps.workloads(name, arguments.device, arguments.quick)]
     if arguments.workloads:
         try:
-            arguments.workloads = choose(arguments.workloads, arguments.device)
+            table = {workload.name: workload for workload in swept} or WORKLOADS
+            arguments.workloads = choose(arguments.workloads, arguments.device, table)
         except ValueError as error:
             parser.error(str(error))
+    elif swept:
+        arguments.workloads = swept
     else:
         arguments.workloads = [
             workload
             for workload in WORKLOADS.values()
             if arguments.device in workload.devices and (workload.quick if arguments.quick else workload.default)
         ]
-    arguments.passes = [PASSES[name] for name in arguments.passes]
+    if arguments.sweep:
+        arguments.providers = arguments.providers or list(OF_SWEEPS)
+        arguments.passes = arguments.passes or ["both"]
+    arguments.passes = [PASSES[name] for name in arguments.passes] or [one for one in PASSES.values() if one.default]
     arguments.repeats = arguments.repeats or (QUICK_ROUNDS if arguments.quick else ROUNDS)
     if arguments.output and arguments.output.suffix != ".csv":
         parser.error(f"--output has to end in .csv, because a .json is written beside it; got {arguments.output.name}")

@@ -13,6 +13,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
+IDLE_LOAD = 0.5  # average of the last minute; above it other programs were running
+
 # Variables that change speed or memory; their values are words and numbers.
 SETTINGS = (
     "FUSEDLOSS_CPU_CAPABILITY",

@@ -28,6 +28,8 @@ class Provider:
     about: str
     load: Callable[[], Mapping[str, Builder]]  # an ImportError means that the library is not installed
     is_peer: bool = False  # another library: its precision is its own affair, see truth.SAME_LOSS
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    overwrites_input: bool = False  # gets logits of its own, because the others need what it overwrites
 
 
 def load_fusedloss() -> Mapping[str, Builder]:
@@ -36,9 +38,19 @@ def load_fusedloss() -> Mapping[str, Builder]:
     def builder(function: Callable[..., Tensor]) -> Builder:
         return lambda case: lambda input: function(input, case.target, **case.options)
 
+    def activation(input: Tensor, target: Tensor) -> str:
+        return "sigmoid" if target.shape == input.shape else "softmax"
+
     def soft_iou(input: Tensor, target: Tensor, **options: Any) -> Tensor:
-        activation = "sigmoid" if target.shape == input.shape else "softmax"
-        return fusedloss.soft_iou_loss(input, target, activation=activation, **options)
+        return fusedloss.soft_iou_loss(input, target, activation=activation(input, target), **options)
+
+    def ce_iou(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+        loss: Tensor = fusedloss.segmentation_loss(input, target, activation=activation(input, target), **options)
+        return loss
+
+    def ce_dice(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+        loss: Tensor = fusedloss.segmentation_loss(input, target, alpha=0.5, beta=0.5, **options)
+        return loss
 
     def all_three(input: Tensor, target: Tensor, **options: Any) -> Tensor:
         loss: Tensor = fusedloss.segmentation_loss(input, target, brier=1.0, **options)
@@ -48,7 +60,9 @@ def load_fusedloss() -> Mapping[str, Builder]:
         "cross_entropy": builder(fusedloss.cross_entropy),
         "mse_loss": builder(fusedloss.mse_loss),
         "soft_iou": builder(soft_iou),
-        "ce+iou": builder(fusedloss.segmentation_loss),
+        "dice": builder(fusedloss.dice_loss),
+        "ce+iou": builder(ce_iou),
+        "ce+dice": builder(ce_dice),
         "ce+iou+brier": builder(all_three),
     }
 
@@ -56,7 +70,7 @@ def load_fusedloss() -> Mapping[str, Builder]:
 TORCH_LOSSES: dict[str, Callable[..., Tensor]] = {
     "cross_entropy": F.cross_entropy,
     "mse_loss": F.mse_loss,
-    **{loss: formulas.written_out(loss) for loss in ("soft_iou", "ce+iou", "ce+iou+brier")},
+    **{loss: formulas.written_out(loss) for loss in formulas.TERMS if loss != "cross_entropy"},
 }
 
 
@@ -91,29 +105,110 @@ def load_smp() -> Mapping[str, Builder]:
         loss = smp.losses.JaccardLoss(mode, **case.options)
         return lambda input: loss(input, case.target)
 
-    return {"soft_iou": soft_iou}
+    def dice(case: Case) -> LossOfInput:
+        loss = smp.losses.DiceLoss("multiclass", **case.options)
+        return lambda input: loss(input, case.target)
+
+    return {"soft_iou": soft_iou, "dice": dice}
 
 
 def load_monai() -> Mapping[str, Builder]:
     import monai.losses
 
     # No smoothing, and sums over the batch: the same loss as the others compute.
-    options = {"jaccard": True, "batch": True, "smooth_nr": 0.0, "smooth_dr": 1e-7}
+    same = {"batch": True, "smooth_nr": 0.0, "smooth_dr": 1e-7}
 
-    def soft_iou(case: Case) -> LossOfInput:
-        if case.target.shape == case.input.shape:
-            loss = monai.losses.DiceLoss(sigmoid=True, soft_label=True, **options)
-            return lambda input: loss(input, case.target)
-        loss = monai.losses.DiceLoss(softmax=True, to_onehot_y=True, **options, **case.options)
-        return lambda input: loss(input, case.target.unsqueeze(1))
+    def overlap(jaccard: bool) -> Builder:
+        def build(case: Case) -> LossOfInput:
+            if case.target.shape == case.input.shape:
+                loss = monai.losses.DiceLoss(sigmoid=True, soft_label=True, jaccard=jaccard, **same)
+                return lambda input: loss(input, case.target)
+            loss = monai.losses.DiceLoss(softmax=True, to_onehot_y=True, jaccard=jaccard, **same, **case.options)
+            return lambda input: loss(input, case.target.unsqueeze(1))
 
-    def ce_iou(case: Case) -> LossOfInput | None:
-        if case.options:  # DiceCELoss has no ignore_index
+        return build
+
+    def with_ce(jaccard: bool) -> Builder:
+        def build(case: Case) -> LossOfInput | None:
+            # DiceCELoss has no ignore_index, and no soft labels.
+            if case.options or case.target.shape == case.input.shape:
+                return None
+            loss = monai.losses.DiceCELoss(softmax=True, to_onehot_y=True, jaccard=jaccard, **same)
+            return lambda input: loss(input, case.target.unsqueeze(1))
+
+        return build
+
+    return {"soft_iou": overlap(True), "dice": overlap(False), "ce+iou": with_ce(True), "ce+dice": with_ce(False)}
+
+
+def load_kornia() -> Mapping[str, Builder]:
+    import kornia.losses
+
+    def dice(case: Case) -> LossOfInput | None:
+        # Images only, and sums of each image by itself: those of the batch when it is one image. "macro" is the mean
+        # over the classes; its tversky_loss and its default "micro" divide sums over all classes, another loss.
+        if case.input.dim() != 4 or len(case.input) != 1:
             return None
-        loss = monai.losses.DiceCELoss(softmax=True, to_onehot_y=True, **options)
-        return lambda input: loss(input, case.target.unsqueeze(1))
+        return lambda input: kornia.losses.dice_loss(input, case.target, average="macro", **case.options)
 
-    return {"soft_iou": soft_iou, "ce+iou": ce_iou}
+    return {"dice": dice}
+
+
+def load_nnunet() -> Mapping[str, Builder]:
+    from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+    from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+    from nnunetv2.utilities.helpers import softmax_helper_dim1
+
+    # The trainer has smooth 1e-5 and, for 2-d, sums of each image; these settings make it the loss of the others.
+    # Its loss is minus the score, so 1 is added to it.
+    same = {"batch_dice": True, "do_bg": True, "smooth": 0.0, "ddp": False}
+
+    def dice(case: Case) -> LossOfInput | None:
+        if case.options:  # the mask that stands for an ignored label is made by DC_and_CE_loss alone
+            return None
+        loss = MemoryEfficientSoftDiceLoss(apply_nonlin=softmax_helper_dim1, **same)
+        return lambda input: loss(input, case.target.unsqueeze(1)) + 1.0
+
+    def ce_dice(case: Case) -> LossOfInput:
+        loss = DC_and_CE_loss(
+            same, {}, ignore_label=case.options.get("ignore_index"), dice_class=MemoryEfficientSoftDiceLoss
+        )
+        return lambda input: loss(input, case.target.unsqueeze(1)) + 1.0
+
+    return {"dice": dice, "ce+dice": ce_dice}
+
+
+def load_jdt() -> Mapping[str, Builder]:
+    def build(alpha: float, beta: float, with_ce: bool) -> Builder:
+        overlap = formulas.jdt(alpha, beta)
+
+        def builder(case: Case) -> LossOfInput | None:
+            target, options = case.target, case.options
+            if not with_ce:
+                return lambda input: overlap(input, target, **options)
+            if target.shape == case.input.shape:
+                return None
+            return lambda input: F.cross_entropy(input, target, **options) + overlap(input, target, **options)
+
+        return builder
+
+    return {
+        "soft_iou": build(1.0, 1.0, False),
+        "dice": build(0.5, 0.5, False),
+        "ce+iou": build(1.0, 1.0, True),
+        "ce+dice": build(0.5, 0.5, True),
+    }
+
+
+def load_liger() -> Mapping[str, Builder]:
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    def cross_entropy(case: Case) -> LossOfInput | None:
+        if case.input.dim() != 2:  # rows of classes only
+            return None
+        return lambda input: liger_cross_entropy(input, case.target, **case.options)
+
+    return {"cross_entropy": cross_entropy}
 
 
 OURS = "fusedloss"
@@ -121,6 +216,10 @@ EAGER = "eager"
 COMPILE = "compile"
 SMP = "smp"
 MONAI = "monai"
+KORNIA = "kornia"
+NNUNET = "nnunet"
+JDT = "jdt"
+LIGER = "liger"
 
 PROVIDERS = {
     provider.name: provider
@@ -134,5 +233,16 @@ PROVIDERS = {
         ),
         Provider(SMP, "segmentation_models_pytorch", load_smp, is_peer=True),
         Provider(MONAI, "MONAI", load_monai, is_peer=True),
+        Provider(KORNIA, "kornia: Dice of one image", load_kornia, is_peer=True),
+        Provider(NNUNET, "nnU-Net's MemoryEfficientSoftDiceLoss and DC_and_CE_loss", load_nnunet, is_peer=True),
+        Provider(JDT, "the Jaccard metric loss, in formulas.py", load_jdt, is_peer=True),
+        Provider(
+            LIGER,
+            "Liger's cross-entropy of rows; GPU only",
+            load_liger,
+            is_peer=True,
+            devices=("cuda",),
+            overwrites_input=True,
+        ),
     )
 }

@@ -10,7 +10,7 @@ import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Row:
 
 
 COLUMNS = [field.name for field in fields(Row)]
+REQUIRED = [field.name for field in fields(Row) if field.default is MISSING]
 DERIVED = ["gb_per_s", "times_floor"]
 
 
@@ -75,11 +76,25 @@ def write(path: Path, header: Mapping[str, object], rows: Sequence[Row]) -> None
 
 
 def read(path: Path) -> list[Row]:
+    """A ValueError, in one sentence, for a file that is no result."""
     wanted = typing.get_type_hints(Row)
     with path.open(newline="") as file:
-        table = list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        missing = [name for name in REQUIRED if name not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(f"{path} is not a result of the benchmarks: it has no column {missing[0]!r}")
+        table = list(reader)
     # A file may be older than a column: then its default holds.
     return [Row(**{name: from_cell(line[name], wanted[name]) for name in COLUMNS if name in line}) for line in table]
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What the JSON beside the CSV says; nothing where there is none."""
+    header = path.with_suffix(".json")
+    if not header.is_file():
+        return {}
+    of: dict[str, Any] = json.loads(header.read_text())
+    return of
 
 
 def to_cell(value: object) -> object:

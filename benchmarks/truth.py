@@ -109,10 +109,15 @@ def check(loss: LossOfInput, case: Case, truth: Truth, tolerance: float) -> Erro
         squared_error += difference.square().sum().item()
         squared += wanted.square().sum().item()
     return Errors(
-        value=abs(result.item() - truth.value) / abs(truth.value),
-        gradient=max_or_nan(largest_error / largest, (squared_error / squared) ** 0.5),
+        value=relative(abs(result.item() - truth.value), abs(truth.value)),
+        gradient=max_or_nan(relative(largest_error, largest), relative(squared_error, squared) ** 0.5),
         tolerance=tolerance,
     )
+
+
+def relative(error: float, of: float) -> float:
+    """Of nothing the error is absolute: the softmax of a single class has no loss and no gradient."""
+    return error / of if of else error
 
 
 def max_or_nan(first: float, second: float) -> float:

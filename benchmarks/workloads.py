@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,11 @@ DATA = {
         Data("ade20k", (2, 150, 512, 512), "ADE20K: so many classes that a tile leaves the L1 cache", ignored=0.05),
         Data("cityscapes", (2, 19, 1024, 2048), "Cityscapes: whole frames, the largest images in use", ignored=0.05),
         Data("camvid", (4, 11, 360, 480), "CamVid: a batch that a laptop trains with", ignored=0.05),
+        Data(
+            "frame",
+            (1, 19, 512, 1024),
+            "half a Cityscapes frame, alone and labelled throughout: every library means the same",
+        ),
         Data("nnunet", (2, 14, 128, 128, 128), "nnU-Net patches: 3-d, 13 organs and background"),
         Data("imagenet", (1024, 1000), "ImageNet rows: few long rows, near the size of the last cache"),
         Data("vocabulary", (2048, 32000), "language-model rows: a row no longer fits into the L1 cache"),
@@ -49,6 +54,7 @@ DATA = {
         Data("vocabulary32k", (16384, 32768), "language-model rows: a row is 64 KiB of bfloat16"),
         Data("vocabulary128k", (8192, 131072), "the largest vocabularies: a row is more than shared memory holds"),
         Data("100m", (100_000_000,), "regression on large maps: memory speed and nothing else"),
+        Data("frame-small", (1, 5, 128, 128), "one image, to see that the Dice losses of all libraries agree"),
         Data("tiny", (64, 10), "a small classifier: what a call costs before any work is done"),
     )
 }
@@ -123,6 +129,9 @@ WORKLOADS = {
         Workload("ce+iou+brier", DATA["voc"]),
         Workload("ce+iou+brier", DATA["voc"], dtype=torch.bfloat16),
         Workload("ce+iou+brier", DATA["voc"], memory_format=torch.channels_last),
+        Workload("dice", DATA["frame"], default=False),
+        Workload("dice", DATA["frame-small"], default=False),
+        Workload("ce+dice", DATA["nnunet"], default=False),
         Workload("mse_loss", DATA["50m"]),
         Workload("mse_loss", DATA["tiny"], quick=True, devices=("cpu", "cuda")),
         Workload("cross_entropy", DATA["voc16"], devices=("cuda",)),
@@ -168,7 +177,7 @@ def make_case_on_cpu(workload: Workload) -> Case:
     input = input.to(memory_format=workload.memory_format).requires_grad_()
     if workload.loss == "mse_loss":
         return Case(workload, input, torch.randn(data.shape, dtype=workload.dtype, generator=generator))
-    if data.name == "binary":
+    if data.shape[1] == 1 and workload.loss != "cross_entropy":  # under a sigmoid, with a mask of soft labels
         smooth = torch.rand(data.shape, dtype=torch.float32, generator=generator)
         return Case(workload, input, smooth.to(workload.dtype))
     target = make_labels(data, workload.label_dtype, generator)
@@ -187,13 +196,13 @@ def make_labels(data: Data, dtype: torch.dtype, generator: torch.Generator) -> T
     return labels.to(dtype).contiguous()
 
 
-def choose(patterns: Sequence[str], device: str) -> list[Workload]:
+def choose(patterns: Sequence[str], device: str, table: Mapping[str, Workload] = WORKLOADS) -> list[Workload]:
     """The device's workloads whose name matches one of the shell patterns, in the table's order; any by its name."""
-    of_device = [name for name, workload in WORKLOADS.items() if device in workload.devices]
+    of_device = [name for name, workload in table.items() if device in workload.devices]
     chosen: set[str] = set()
     for pattern in patterns:
-        found = [pattern] if pattern in WORKLOADS else fnmatch.filter(of_device, pattern)
+        found = [pattern] if pattern in table else fnmatch.filter(of_device, pattern)
         if not found:
             raise ValueError(f"no workload for {device} matches {pattern!r}; --list shows their names")
         chosen.update(found)
-    return [workload for name, workload in WORKLOADS.items() if name in chosen]
+    return [workload for name, workload in table.items() if name in chosen]
