@@ -94,6 +94,28 @@ def test_deterministic_mode_is_not_refused(loss, device):
         torch.use_deterministic_algorithms(False)
 
 
+@each_loss
+def test_every_run_in_deterministic_mode(loss, threads, device):
+    """The bits are those of the call outside this mode, whatever the number of threads.
+
+    In it torch fills new memory with NaN, so that a number that nobody writes would show.
+    """
+    call = loss.large(Maker(torch.float32, device), 400_000)
+    threads(1)
+    expected = bits(loss, call)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3, device=device).isnan().all()
+        for number in (1, 2, 3, 4):
+            threads(number)
+            for _ in range(2):
+                for one, other in zip(bits(loss, call), expected, strict=True):
+                    assert torch.equal(one, other), f"{number} threads"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_calls_from_many_threads(device):
     """The function is called from several Python threads at once; none disturbs another."""
     from concurrent.futures import ThreadPoolExecutor

@@ -1,5 +1,6 @@
 """Nothing as large as the logits is allocated but their gradient. Bytes are counted, not measured."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -11,25 +12,36 @@ from torch.profiler import ProfilerActivity, profile
 import fusedloss
 
 from .registry import Maker, each_reduction
+from .test_layouts import (
+    channels_last,
+    classes_outermost,
+    cropped,
+    offset,
+    reversed_in_memory,
+    samples_innermost,
+    transposed,
+)
 
 SMALL = 64 * 1024  # what does not grow with the tensors: results, partial sums, converted class weights
+SMALL_OF_PIXELS = 8 * 1024  # where what might be copied has no classes and is small itself
 DTYPES = [pytest.param(d, id=str(d).removeprefix("torch.")) for d in (torch.float32, torch.bfloat16, torch.float64)]
 SHAPE = (2, 19, 64, 256)
 PIXELS = 2 * 64 * 256
 
 
-def peak_bytes(work):
-    """The most bytes that were allocated at once while ``work`` ran, beyond what there was before."""
+def allocations(work):
+    """The bytes that ``work`` allocates (and frees: negative), one number after the other."""
     work()  # what happens only once, like reading the instruction-set level, is no part of it
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = work()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    in_use = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        in_use += event.nbytes()
-        peak = max(peak, in_use)
     del result
-    return peak
+    return [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]
+
+
+def peak_bytes(work):
+    """The most bytes that were allocated at once while ``work`` ran, beyond what there was before."""
+    return max(itertools.accumulate(allocations(work), initial=0))
 
 
 def bytes_of(tensor):
@@ -181,6 +193,108 @@ def test_soft_labels_are_read_where_they_are(dtype, activation, last):
     )
     pixels = 2 * 64 * 96 * (16 if dtype == torch.float64 else 8) if activation == "softmax" else 0
     assert peak_bytes(work) <= bytes_of(logits) + pixels + SMALL
+
+
+# ---- which layouts cost a copy ---------------------------------------------------------------------------------------
+
+IN_PLACE = {
+    "contiguous": lambda t: t,
+    "channels_last": channels_last,
+    "first sample elsewhere": lambda t: torch.cat([t, t])[2:],
+    "every second sample": lambda t: torch.stack([t, t], 1).flatten(0, 1)[::2],
+    "some classes": lambda t: torch.cat([t, t], 1)[:, 3:22],
+    "every second class": lambda t: torch.stack([t, t], 2).flatten(1, 2)[:, ::2],
+    "some classes of channels_last": lambda t: channels_last(torch.cat([t, t], 1))[:, 3:22],
+    "some samples of channels_last": lambda t: channels_last(torch.cat([t, t]))[1:3],
+    "some rows": lambda t: torch.cat([t, t], 2)[:, :, 3 : 3 + t.shape[2]],
+    "some rows of channels_last": lambda t: channels_last(torch.cat([t, t], 2))[:, :, 3 : 3 + t.shape[2]],
+    "classes outermost": classes_outermost,
+    "not aligned": offset,
+    "expanded samples": lambda t: t[:1].expand(t.shape),
+    "expanded classes": lambda t: t[:, :1].expand(t.shape),
+}
+COPIED = {
+    "transposed": transposed,
+    "every dimension the other way round": reversed_in_memory,
+    "samples innermost": samples_innermost,
+    "some columns": lambda t: torch.cat([t, t], -1)[..., 3 : 3 + t.shape[-1]],
+    "every second column": lambda t: torch.stack([t, t], -1).flatten(-2, -1)[..., ::2],
+    "every second row": lambda t: torch.stack([t, t], -2).flatten(-3, -2)[..., ::2, :],
+    "some columns of channels_last": lambda t: channels_last(torch.cat([t, t], -1))[..., 3 : 3 + t.shape[-1]],
+    "cropped": cropped,
+    "expanded columns": lambda t: t[..., :1].expand(t.shape),
+    "expanded pixels": lambda t: t.flatten(2)[..., :1].view(*t.shape[:2], *[1] * (t.dim() - 2)).expand(t.shape),
+}
+LAYOUTS = [pytest.param(lay_out, 0, id=f"{name}, in place") for name, lay_out in IN_PLACE.items()]
+LAYOUTS += [pytest.param(lay_out, 1, id=f"{name}, one copy") for name, lay_out in COPIED.items()]
+each_spatial = pytest.mark.parametrize("spatial", [(64, 96), (8, 24, 32)], ids=["2-d", "3-d"])
+each_loss_of_layouts = pytest.mark.parametrize(
+    "loss", [fusedloss.cross_entropy, fusedloss.segmentation_loss], ids=lambda loss: loss.__name__
+)
+
+
+@each_spatial
+@pytest.mark.parametrize(("lay_out", "copies"), LAYOUTS)
+@each_loss_of_layouts
+def test_which_logits_are_copied(loss, lay_out, copies, spatial):
+    """Once forward; once more backward where that reads the logits again, as that of the segmentation loss does."""
+    m = Maker(torch.float32)
+    logits, labels = lay_out(m.normal(2, 19, *spatial)), m.labels(19, 2, *spatial)
+    size = bytes_of(logits)
+    assert logits.shape == (2, 19, *spatial)
+    forward = peak_bytes(lambda: loss(logits, labels))
+    assert copies * size <= forward <= copies * size + SMALL
+    leaf = logits.detach().requires_grad_()
+    step = peak_bytes(lambda: torch.autograd.grad(loss(leaf, labels), leaf))
+    statistics = 8 * labels.numel() if loss is fusedloss.segmentation_loss else 0
+    assert (1 + copies) * size <= step <= (1 + copies) * size + statistics + SMALL
+    large = sum(n == size for n in allocations(lambda: torch.autograd.grad(loss(leaf, labels), leaf)))
+    assert large == 1 + copies * (2 if loss is fusedloss.segmentation_loss else 1)
+
+
+@each_spatial
+@pytest.mark.parametrize(("lay_out", "copies"), LAYOUTS)
+@each_loss_of_layouts
+def test_which_soft_labels_are_copied(loss, lay_out, copies, spatial):
+    """Beside contiguous logits: those in another memory format too."""
+    m = Maker(torch.float32)
+    logits, target = m.normal(2, 19, *spatial), lay_out(m.probabilities(2, 19, *spatial))
+    copies = int(copies or target.stride(-1) != 1)
+    forward = peak_bytes(lambda: loss(logits, target))
+    assert copies * bytes_of(target) <= forward <= copies * bytes_of(target) + SMALL
+
+
+# Of tensors without classes: whatever is not contiguous.
+PIXEL_LAYOUTS = {
+    "contiguous": (lambda t: t, 0),
+    "some samples": (lambda t: torch.cat([t, t])[1:3], 0),
+    "transposed": (transposed, 1),
+    "every second column": (COPIED["every second column"], 1),
+    "some rows": (lambda t: torch.cat([t, t], 1)[:, 3 : 3 + t.shape[1]], 1),
+    "expanded": (lambda t: t[:, :1, :1].expand(t.shape), 1),
+    "samples innermost": (samples_innermost, 1),
+}
+
+
+@pytest.mark.parametrize(("lay_out", "copies"), PIXEL_LAYOUTS.values(), ids=PIXEL_LAYOUTS)
+@pytest.mark.parametrize("label_dtype", [torch.int64, torch.uint8], ids=str)
+@each_loss_of_layouts
+def test_which_labels_are_copied(loss, label_dtype, lay_out, copies):
+    m = Maker(torch.float32)
+    logits, labels = m.normal(*SHAPE), lay_out(m.labels(19, 2, 64, 256, dtype=label_dtype))
+    size = copies * bytes_of(labels)
+    assert size <= peak_bytes(lambda: loss(logits, labels)) <= size + SMALL_OF_PIXELS
+
+
+@pytest.mark.parametrize(("lay_out", "copies"), PIXEL_LAYOUTS.values(), ids=PIXEL_LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool], ids=str)
+def test_which_pixel_weights_are_copied(dtype, lay_out, copies):
+    m = Maker(torch.float32)
+    logits, labels = m.normal(*SHAPE), m.labels(19, 2, 64, 256)
+    weight = lay_out((m.positive(2, 64, 256) - 0.25).to(dtype))
+    size = copies * bytes_of(weight)
+    work = lambda: fusedloss.segmentation_loss(logits, labels, pixel_weight=weight)  # noqa: E731
+    assert size <= peak_bytes(work) <= size + SMALL_OF_PIXELS
 
 
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.uint8], ids=str)

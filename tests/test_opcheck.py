@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .registry import LOSSES, REDUCTIONS, Case
+from fusedloss import _calls, _ops
+
+from .registry import LOSSES, REDUCTIONS, SEGMENTATION_LOSS, Case
 
 NAMES = sorted(
     {
@@ -121,6 +123,27 @@ def test_opcheck(name):
         except Exception as error:
             raise AssertionError(f"{name} as called by {case}: {error}") from error
     assert seen
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", ["image-everything", "image-probabilities-everything", "sigmoid", "per-image"])
+def test_opcheck_of_the_sums(name):
+    """What processes exchange (`process_group=`), which no loss of one process asks for."""
+    call = Case(SEGMENTATION_LOSS, name).make(torch.float32)
+    call = call.requiring_grad(call.differentiable)
+    defaults = {"activation": "softmax", "pixel_weight": None, "ignore_index": -100, "cross_entropy": 1.0, "iou": 1.0}
+    recorder = Recorder()
+    with recorder:
+        sums, _ = _calls.segmentation(**(defaults | call.options | dict(call.tensors)), output=_ops.SUMS)
+        sums.sum().backward()
+    assert sums.dtype == torch.float64
+    names = [operation._schema.name for operation, _, _ in recorder.calls]
+    assert names[:2] == ["fusedloss::_segmentation_forward", "fusedloss::_segmentation_backward"]
+    *arguments, _keep = recorder.calls[0][1]
+    public = [call.tensors["input"], call.tensors["target"], *arguments[2:]]
+    for operation, args, kwargs in [*recorder.calls, (torch.ops.fusedloss.segmentation.default, public, {})]:
+        private = is_private(operation._schema.name)
+        torch.library.opcheck(operation, tuple(fresh(a, private) for a in args), kwargs)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -275,6 +275,40 @@ def test_vmap_over_labels(reduction, in_dims, device):
     assert_same(gradient(fusedloss.cross_entropy), gradient(torch.nn.functional.cross_entropy))
 
 
+def in_a_batch(tensor):
+    """Three calls' worth of it; labels stay labels, weights stay positive."""
+    return torch.stack([tensor, tensor.flip(0), tensor.flip(-1)])
+
+
+@each_reduction
+@each_typical_case
+def test_vmap_over_each_argument(case, reduction, device):
+    """Logits, targets, weights, one at a time and all at once, in one piece and in two: as the calls one by one."""
+    call = case.make(torch.float64, device, reduction)
+    factors = random_like(call.run(case.loss.torch))
+    for names in (*((name,) for name in call.tensors), tuple(call.tensors)):
+        batched = [in_a_batch(call.tensors[name]) for name in names]
+        results = []
+        for function in (case.loss.function, case.loss.torch):
+
+            def scalar(input, *tensors, function=function, names=names):
+                given = call.with_tensors(**({"input": input} | dict(zip(names, tensors, strict=True))))
+                return (given.run(function) * factors).sum()
+
+            def with_gradient(*tensors, scalar=scalar, names=names):
+                input = dict(zip(names, tensors, strict=True)).get("input", call.tensors["input"])
+                if "input" in names:
+                    return func.grad_and_value(lambda x: scalar(x, x, *tensors[1:]))(input)
+                return func.grad_and_value(scalar)(input, *tensors)
+
+            results.append(with_gradient)
+        ours, theirs = results
+        one_by_one = [theirs(*tensors) for tensors in zip(*batched, strict=True)]
+        expected = tuple(torch.stack(each) for each in zip(*one_by_one, strict=True))
+        for chunk_size in (None, 2):
+            assert_same(func.vmap(ours, chunk_size=chunk_size)(*batched), expected)
+
+
 @first_cases
 def test_gradient_of_each_sample(case, device):
     """The recipe of per-sample gradients: a module, functional_call, vmap over grad."""

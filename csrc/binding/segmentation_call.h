@@ -29,11 +29,18 @@ struct SegmentationOptions {
   int64_t intersection;
 };
 
+// The ops' list of classes. All classes are {-1}, because an empty list does not survive AOTInductor, whose calls give
+// None in its place (pytorch/pytorch pull request 194324); empty means all too.
+inline std::vector<int64_t> classes_of(std::vector<int64_t> classes) {
+  if (classes.size() == 1 && classes[0] == -1) classes.clear();
+  return classes;
+}
+
 // From the ops' arguments, which have these names.
 #define FUSEDLOSS_SEGMENTATION_OPTIONS                                                                   \
   SegmentationOptions {                                                                                  \
     activation, ignore_index, output, cross_entropy, iou, brier, {alpha, beta, smooth, eps, gamma, log}, \
-        label_smoothing, std::move(classes), per_image, absent, intersection                             \
+        label_smoothing, classes_of(std::move(classes)), per_image, absent, intersection                 \
   }
 
 // The arguments after the checks, with whatever had to be copied. The weights of the classes are left to the device:

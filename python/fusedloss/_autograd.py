@@ -312,7 +312,7 @@ def _reference_segmentation(
     overlap: dict[str, Any] = {
         "alpha": alpha,
         "beta": beta,
-        "classes": classes or None,
+        "classes": None if classes in ([], _ops.ALL_CLASSES) else classes,
         "absent": _ABSENT[absent],
         "smooth": smooth,
         "eps": eps,

@@ -154,7 +154,7 @@ def segmentation(
             alpha,
             beta,
             label_smoothing,
-            [] if classes is None else list(classes),
+            _ops.ALL_CLASSES if classes is None else list(classes),
             per_image,
             ABSENT[absent],
             smooth,
@@ -173,7 +173,7 @@ def segmentation(
 def _would_be_misread(
     ignore_index: int, classes: Sequence[int] | None, per_image: bool, log: bool, numbers: tuple[float, ...]
 ) -> bool:
-    """Bools are numbers to the op, numbers are bools, and no classes are all."""
+    """Bools are numbers to the op, numbers are bools, and neither no classes nor a class of -1 mean all of them."""
     if type(per_image) is not bool or type(log) is not bool or type(ignore_index) is bool:
         return True
     if any(type(number) is bool for number in numbers):
@@ -182,7 +182,7 @@ def _would_be_misread(
         not isinstance(classes, Sequence)
         or isinstance(classes, (str, bytes))
         or len(classes) == 0
-        or any(type(c) is bool for c in classes)
+        or any(type(c) is bool or c == -1 for c in classes)
     )
 
 

@@ -33,6 +33,7 @@ NONE, MEAN, SUM = 0, 1, 2  # torch's numbering of `reduction`
 # Beside these three, what the segmentation op can be asked for (its `output`):
 STATISTICS = 3  # I, P and T of each class
 SUMS = 4  # all that the formulas need, see kSums in csrc/kernels/segmentation.h
+ALL_CLASSES = [-1]  # as the op's list; classes_of in csrc/binding/segmentation_call.h says why
 SOFTMAX, SIGMOID, NO_ACTIVATION = 0, 1, 2
 KEEP_NOTHING, KEEP_STATISTICS, KEEP_GRADIENT = 0, 1, 2  # what a forward op gives as its second result
 
@@ -274,7 +275,8 @@ def _segmentation_forward_fake(
     elif output == SUMS:
         shape = [table]
     elif output == NONE:
-        shape = [groups, len(classes) or input.shape[1]] if iou != 0.0 else _pixel_shape(input)
+        chosen = input.shape[1] if classes in ([], ALL_CLASSES) else len(classes)
+        shape = [groups, chosen] if iou != 0.0 else _pixel_shape(input)
     kept: Any = 0
     if keep:
         pixels = 2 * math.prod(_pixel_shape(input)) if activation == SOFTMAX else 0

@@ -71,10 +71,11 @@ def cross_entropy(
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ..., dK); float32, float64, float16 or bfloat16. Contiguous,
-            channels_last, and slices of them along N and C are read where they are; other strides cost one copy.
+            channels_last, and slices of them along N, C and d1 are read where they are; other strides cost one copy.
         target: class indices, (), (N,) or (N, d1, ..., dK), in [0, C) or ``ignore_index``; uint8, int16, int32 or
-            int64. Or probabilities of ``input``'s shape in any floating dtype; another dtype than
-            ``input``'s (but for float32 with half logits) or another memory format costs one copy.
+            int64; any that are not contiguous cost a copy of their size. Or probabilities of ``input``'s shape in any
+            floating dtype; another dtype than ``input``'s (but for float32 with half logits) or another memory format
+            costs one copy.
         weight: factor of each class, (C,), any floating dtype.
         ignore_index: a label that adds exactly nothing to value and gradient, whatever the logits there hold. It is
             compared after widening (-100 never equals a uint8 label) and may lie inside [0, C).
@@ -211,14 +212,17 @@ def soft_iou_loss(
 
     Args:
         input: logits, (N, C) or (N, C, d1, ..., dK); float32, float64, float16 or bfloat16. Contiguous, channels_last,
-            and slices of them along N and C are read where they are; other strides cost one copy.
-        target: class indices, (N,) or (N, d1, ..., dK), in [0, C) or ``ignore_index``; uint8, int16, int32 or int64. Or
-            probabilities of ``input``'s shape in any floating dtype (float64 beside another ``input`` costs a copy, as
-            does another memory format). With "sigmoid" and "none" also a mask of ``input``'s shape, of bool or an
-            integer dtype, each class with a 0 or 1 of its own; and for C = 1 class indices are 0, background, or 1.
+            and slices of them along N, C and d1 are read where they are; other strides cost a copy, forward and again
+            backward.
+        target: class indices, (N,) or (N, d1, ..., dK), in [0, C) or ``ignore_index``; uint8, int16, int32 or int64
+            (any that are not contiguous cost a copy of their size). Or probabilities of ``input``'s shape in any floating
+            dtype (float64 beside another ``input`` costs a copy, as does another memory format). With "sigmoid" and
+            "none" also a mask of ``input``'s shape, of bool or an integer dtype, each class with a 0 or 1 of its own;
+            and for C = 1 class indices are 0, background, or 1.
         weight: factor of each class in the mean over classes, (C,), any floating dtype.
         activation: "softmax" over the classes, "sigmoid" of each, or "none" for probabilities as ``input``.
-        pixel_weight: factor of each pixel, (N, d1, ..., dK); any floating dtype, or bool: False ignores.
+        pixel_weight: factor of each pixel, (N, d1, ..., dK); any floating dtype, or bool: False ignores. One that is
+            not contiguous costs a copy of its size.
         ignore_index: a class index that adds exactly nothing to value and gradient, whatever the logits there hold. It
             is compared after widening (-100 never equals a uint8 label) and may lie inside [0, C). With a label for
             each class it has to be negative: use ``pixel_weight``.
