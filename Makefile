@@ -17,7 +17,7 @@ CPP := $(shell find csrc tests/cuda_host -name '*.h' -o -name '*.cpp' -o -name '
 BUILD_INPUTS := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint cuda cuda-host sanitize gpu bench build format clean
+.PHONY: help demo test versions lint cuda cuda-host sanitize gpu bench build format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,9 @@ demo: build  ## train a small segmentation network on scenes that the program dr
 
 test: build cuda-host  ## run the tests and the examples in the docstrings
 	$(PY) -m pytest --numprocesses auto --dist worksteal $(ARGS)
+
+versions: build  ## run a part of the tests with the same binary under the oldest torch; ARGS="2.11.0 newest" for others
+	$(PY) tools/check_torch_versions.py $(or $(ARGS),2.10.0 --quick)
 
 lint: build  ## check style, types, the rule of the rooms, and the symbols of the binary
 	$(PY) -m ruff check .

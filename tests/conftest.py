@@ -53,6 +53,8 @@ def pytest_configure(config):
         "ignore:`torch.jit.script.*:DeprecationWarning",
         # Samples that broadcast are there to broadcast; test_errors checks that the warning comes.
         "ignore:Using a target size:UserWarning",
+        # The profiler of torch 2.10 and 2.11.
+        "ignore:.*Profiler clears events:UserWarning",
         # torch's own words while it compiles or exports.
         "ignore::DeprecationWarning:torch.*",
         "ignore::FutureWarning:torch.*",

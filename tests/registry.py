@@ -227,6 +227,12 @@ def large_cross_entropy(m: Maker, elements: int) -> Call:
 # ---- mse_loss --------------------------------------------------------------------------------------------------------
 
 
+def torch_mse_loss(input: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any) -> Tensor:
+    # torch 2.10 has no backward for two dtypes ("Found dtype Float but expected Double").
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    return F.mse_loss(input.to(dtype), target.to(dtype), weight=weight, **options)
+
+
 def difference(input: Tensor, target: Tensor, weight: Tensor | None = None) -> Call:
     call = indices(input, target, weight)
     return replace(call, differentiable=tuple(call.tensors))
@@ -394,7 +400,7 @@ MSE_LOSS = Loss(
     function=fusedloss.mse_loss,
     module=fusedloss.MSELoss,
     reference=fusedloss.reference.mse_loss,
-    torch=F.mse_loss,
+    torch=torch_mse_loss,
     torch_module=nn.MSELoss,
     cases=MSE_LOSS_CASES,
     typical=("image-weight", "broadcast-target", "image"),

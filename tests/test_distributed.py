@@ -20,7 +20,13 @@ from .registry import DICE_LOSS, OVERLAP_STATISTICS, SEGMENTATION_LOSS, SOFT_IOU
 
 LOSSES = (SOFT_IOU_LOSS, DICE_LOSS, TVERSKY_LOSS, SEGMENTATION_LOSS, OVERLAP_STATISTICS)
 BY_NAME = {loss.name: loss for loss in LOSSES}
-CASES = [pytest.param(Case(loss, name), id=f"{loss.name}-{name}") for loss in LOSSES for name in loss.cases]
+
+
+def name_of(case: Case) -> str:
+    return f"{case.loss.name}-{case.name}"
+
+
+CASES = [pytest.param(Case(loss, name), id=name_of(Case(loss, name))) for loss in LOSSES for name in loss.cases]
 OF_CLASSES = ("weight", "pos_weight")  # each process has all of it
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
@@ -87,7 +93,9 @@ def test_in_other_dtypes(group, name, dtype, tolerance):
 
 
 @pytest.mark.parametrize("per_image", [False, True], ids=["batch", "images"])
-@pytest.mark.parametrize("case", [Case(SEGMENTATION_LOSS, "tversky"), Case(SOFT_IOU_LOSS, "image-everything")], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(SEGMENTATION_LOSS, "tversky"), Case(SOFT_IOU_LOSS, "image-everything")], ids=name_of
+)
 def test_a_process_may_have_ignored_pixels_alone(group, case, per_image):
     call = case.make(torch.float64).with_options(per_image=per_image)
     call = call.with_tensors(**{name: torch.cat([t, t]) for name, t in call.tensors.items() if name != "weight"})
@@ -304,7 +312,7 @@ def compiled_value_and_gradients(name, call, grad_output):
 
 @pytest.mark.compile
 @pytest.mark.parametrize(
-    "case", [Case(SOFT_IOU_LOSS, "image-everything"), Case(SEGMENTATION_LOSS, "per-image")], ids=str
+    "case", [Case(SOFT_IOU_LOSS, "image-everything"), Case(SEGMENTATION_LOSS, "per-image")], ids=name_of
 )
 def test_compiled(group, case):
     agree(group, case.loss, case.make(torch.float64), 1e-12, on_process=compiled_value_and_gradients)
