@@ -7,9 +7,9 @@ for cross-entropy and cross-entropy + IoU in float32, every pixel labelled. One 
 logits' size in cross-entropy + IoU; in cross-entropy it is a softmax, which is 1, and a loss of 0, so that point shows
 what a call costs whatever it computes.
 
-Capped is the number of logits: 2^26 on the CPU, where the largest case then takes up to 3 GB (12 bytes a logit for the
-logits and the reference's gradient or the floor's two arrays, 20 for eager PyTorch at its peak, and before that 0.7 GB
-for the reference's blocks), and 2^28 on a GPU. So on the CPU the sweep of pixels ends at 2^24.
+Capped is the number of logits: what takes at most BYTES_A_LOGIT (12 for the logits and the reference's gradient or the
+floor's two arrays, 20 for eager PyTorch at its peak) of half of the machine's memory, and 2^28 on a GPU. So all sizes
+are measured on a CPU with 20 GiB or more, and pixels up to 2^24 with 5.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import re
 
+from benchmarks.machine import memory_gib
 from benchmarks.workloads import Data, Workload
 
 LOSSES = ("cross_entropy", "ce+iou")
@@ -24,10 +25,20 @@ SIZES = {
     "classes": tuple(2**power for power in range(9)),
     "pixels": tuple(2**power for power in range(10, 27, 2)),
 }
-LARGEST = {"cpu": 1 << 26, "cuda": 1 << 28}  # logits
+BYTES_A_LOGIT = 32
+LARGEST_ON_CUDA = 1 << 28  # logits
+SMALLEST_MEMORY_GIB = 5.0  # where the machine does not say what it has
 LARGEST_QUICK = 1 << 18
 IMAGES, SIDE = 4, 256  # of the sweep of classes
 FEW_CLASSES, LARGEST_SIDE = 4, 512  # of the sweep of pixels
+
+
+def largest(device: str) -> int:
+    """How many logits there may be."""
+    if device == "cuda":
+        return LARGEST_ON_CUDA
+    memory = memory_gib() or SMALLEST_MEMORY_GIB
+    return min(LARGEST_ON_CUDA, int(memory * 2**30 / 2 / BYTES_A_LOGIT))
 
 
 def shape_of(sweep: str, size: int) -> tuple[int, ...]:
@@ -46,17 +57,17 @@ def workload_of(loss: str, sweep: str, size: int) -> Workload:
 
 def workloads(sweep: str, device: str, quick: bool = False) -> list[Workload]:
     """Loss by loss, from the smallest on; without those that have too many logits."""
-    largest = LARGEST_QUICK if quick else LARGEST[device]
+    most = LARGEST_QUICK if quick else largest(device)
     return [
         workload_of(loss, sweep, size)
         for loss in LOSSES
         for size in SIZES[sweep]
-        if math.prod(shape_of(sweep, size)) <= largest
+        if math.prod(shape_of(sweep, size)) <= most
     ]
 
 
 def left_out(sweep: str, device: str) -> list[int]:
-    return [size for size in SIZES[sweep] if math.prod(shape_of(sweep, size)) > LARGEST[device]]
+    return [size for size in SIZES[sweep] if math.prod(shape_of(sweep, size)) > largest(device)]
 
 
 def point(workload: str) -> tuple[str, str, int] | None:
