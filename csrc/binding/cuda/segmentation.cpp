@@ -156,6 +156,11 @@ Tensor segmentation_backward(Tensor grad, Tensor input, Tensor target, std::opti
   params.grad_of_pixels = call.output == Output::kEach && params.squared_error;
   params.table_gradients = params.overlap ? call.table_in(kept) : nullptr;
   params.scales = call.scales_in(kept);
+  if (call.output == Output::kSums) {
+    params.grad_of_sums[0] = call.table_size() - 3;
+    params.grad_of_sums[1] = call.table_size() - 1;
+    params.scales = nullptr;
+  }
   params.chosen = call.chosen_classes();
   void* stream = current_stream(input);
   check(operand == 0 ? cuda::segmentation_backward(params, stream) : cuda::segmentation_label_backward(params, stream),

@@ -85,6 +85,7 @@ struct BackwardParams : SegmentationParams {
   Output output;
   const void* grad;  // incoming gradient: of the value, in its shape
   DType grad_dtype;
+  int64_t grad_of_sums[2];      // where grad has that of the sum of CE and of SE: 0 but for Output::kSums
   bool grad_of_pixels;          // grad is (N, S), of the cross-entropy or the squared error of each pixel
   const void* table_gradients;  // (3, G, C) of A, or nullptr without an overlap
   const void* scales;           // (2,) of A, or nullptr for ones

@@ -159,6 +159,14 @@ FUSEDLOSS_DEVICE ThreadPixels<A, kVector> read_pixels(const SegmentationParams& 
   return pixels;
 }
 
+// Element `at` of the incoming gradient times a scale; exactly none where it is 0, also if the scale is not finite.
+template <class A>
+FUSEDLOSS_DEVICE A scaled_grad(const BackwardParams& params, int64_t at, int k) {
+  const A g = load_number<A>(params.grad, params.grad_dtype, at);
+  if (g == A(0) || params.scales == nullptr) return g;
+  return g * static_cast<const A*>(params.scales)[k];
+}
+
 // Incoming gradients of the cross-entropy and the squared error of a pixel, times their scales.
 template <class A>
 struct PixelScales {
@@ -169,18 +177,9 @@ struct PixelScales {
 template <class A>
 FUSEDLOSS_DEVICE PixelScales<A> pixel_scales(const BackwardParams& params, int64_t flat) {
   PixelScales<A> scales{0, 0};
-  if (!params.cross_entropy && !params.squared_error) return scales;
-  if (params.output == Output::kSums) {
-    const int64_t at = (3 * params.classes + 1) * params.groups;  // of the sum of CE, then of m w_y, then of SE
-    if (params.cross_entropy) scales.cross_entropy = load_number<A>(params.grad, params.grad_dtype, at);
-    if (params.squared_error) scales.squared_error = load_number<A>(params.grad, params.grad_dtype, at + 2);
-    return scales;
-  }
-  const A g = load_number<A>(params.grad, params.grad_dtype, params.grad_of_pixels ? flat : 0);
-  if (g == A(0)) return scales;
-  const A* of_terms = static_cast<const A*>(params.scales);
-  if (params.cross_entropy) scales.cross_entropy = of_terms == nullptr ? g : g * of_terms[0];
-  if (params.squared_error) scales.squared_error = of_terms == nullptr ? g : g * of_terms[1];
+  const int64_t at = params.grad_of_pixels ? flat : 0;
+  if (params.cross_entropy) scales.cross_entropy = scaled_grad<A>(params, at + params.grad_of_sums[0], 0);
+  if (params.squared_error) scales.squared_error = scaled_grad<A>(params, at + params.grad_of_sums[1], 1);
   return scales;
 }
 
