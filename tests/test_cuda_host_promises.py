@@ -46,8 +46,7 @@ LARGE = " and ".join(
 PROMISES = [
     ("test_forward.py", ""),
     ("test_backward.py", ""),
-    # float16 goes the way of bfloat16 there, and has test_forward.py and test_dtypes.py.
-    ("test_shapes.py", LARGE + " and not 1000 and not 5000 and not 150 and not float16"),
+    ("test_shapes.py", LARGE + " and not 1000 and not 5000 and not 150"),
     ("test_layouts.py", "not test_one_tensor_at_a_time"),
     ("test_dtypes.py", LARGE),
     ("test_sums.py", ""),
