@@ -32,7 +32,11 @@ forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not
 
 def start(name, *arguments):
     """A process that runs program_NAME(*arguments)."""
-    program = f"import sys, tests.test_processes as t; t.program_{name}(*sys.argv[1:])"
+    # What a shell starts in the background ignores SIGINT, and so do its children: Ctrl-C is given back its meaning.
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"import tests.test_processes as t; t.program_{name}(*sys.argv[1:])"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", program, *map(str, arguments)],
         cwd=ROOT,
@@ -53,6 +57,14 @@ def finish(process, timeout=TIMEOUT_S):
         pytest.fail(f"still there after {timeout} s\n{out}\n{err[-3000:]}")
     assert process.returncode == 0, f"{out}\n{err[-3000:]}"
     return out.split()
+
+
+def end(process):
+    """Also of one that is still there: a process that nobody waits for is a warning in another test, some time."""
+    process.kill()
+    process.wait()
+    for pipe in (process.stdout, process.stderr):
+        pipe.close()
 
 
 def run(name, *arguments):
@@ -242,7 +254,7 @@ def test_interrupts_end_the_call_and_nothing_else():
             assert read_line(process, 30) == "interrupted\n"
         assert finish(process, 30) == ["same"]
     finally:
-        process.kill()
+        end(process)
 
 
 def read_line(process, timeout):
@@ -273,7 +285,7 @@ def test_ctrl_c_ends_the_program():
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
     finally:
-        process.kill()
+        end(process)
     assert process.returncode == -signal.SIGINT
     assert err.rstrip().endswith("KeyboardInterrupt")
 
