@@ -196,9 +196,10 @@ def test_compile_with_inductor(case, reduction, device):
 @pytest.mark.compile
 @pytest.mark.parametrize("transform", COMPILED, ids=lambda transform: transform.__name__)
 @each_reduction
-@each_typical_case
+@first_cases
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_transform(case, reduction, transform, device):
+    """Of one case each, since they take seconds; it is the formula that is traced, and test_eager has the others."""
     ours, theirs, tensors = scalar_functions(case, reduction, device)
     compiled = torch.compile(functools.partial(transform, ours), fullgraph=True, backend="aot_eager")
     assert_same(compiled(tensors), transform(theirs, tensors))
