@@ -52,7 +52,7 @@ PROMISES = [
     ("test_dtypes.py", LARGE),
     ("test_sums.py", ""),
     ("test_determinism.py", LARGE),
-    # Dice and Tversky are the soft IoU with other numbers in the formula; test_forward.py and test_backward.py have them.
+    # Dice and Tversky are the soft IoU with other numbers; test_forward.py and test_backward.py have them.
     ("test_segmentation_edges.py", LARGE + " and not dice_loss and not tversky_loss"),
     ("test_errors.py", "not with_gradients_too and not by_the_module_too"),
 ]
