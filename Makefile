@@ -45,7 +45,7 @@ cuda: build  ## compile the CUDA kernels for several architectures, without a GP
 cuda-host: build  ## compile the CUDA kernels for the CPU, where the tests run them thread by thread
 	$(call BUILD_CUDA_HOST,$(CUDA_HOST),OFF)
 
-# In a folder of its own: sanitized code is three times slower, and a third of an hour is too long for every change.
+# In a folder of its own: sanitized code is three times slower, which is too long for every change.
 SANITIZED := $(VENV)/cuda_host_sanitized
 sanitize: build  ## run those tests under AddressSanitizer and UBSan
 	$(call BUILD_CUDA_HOST,$(SANITIZED),ON)

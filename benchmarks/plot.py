@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,11 @@ def draw_all(rows: Rows, header: Mapping[str, Any], folder: Path) -> list[Path]:
     named, swept = split(rows)
     figures: dict[str, Callable[[], Figure]] = {}
     if named:
-        figures["time_and_memory"] = lambda: time_and_memory(named)
-        figures["speed_up"] = lambda: speed_up(named)
-        figures["peak_memory"] = lambda: peak_memory(named)
+        figures["time_and_memory"] = partial(time_and_memory, named)
+        figures["speed_up"] = partial(speed_up, named)
+        figures["peak_memory"] = partial(peak_memory, named)
     for name, of in swept.items():
-        figures[f"sweep_{name}"] = lambda of=of, name=name: sweep(of, name)  # type: ignore[misc]
+        figures[f"sweep_{name}"] = partial(sweep, of, name)
     drawn, reasons = [], []
     for stem, figure in figures.items():
         try:

@@ -1,7 +1,7 @@
 # Finds torch by its path and makes the target `fusedloss_torch`; sets FUSEDLOSS_TORCH_VERSION, FUSEDLOSS_TORCH_CUDA and
 # FUSEDLOSS_TORCH_CUDA_LIBRARY (not found where torch has no CUDA).
 #
-# Not find_package(Torch): under a CUDA torch that asks for the whole CUDA toolkit, overrides CMAKE_CUDA_ARCHITECTURES
+# Not by torch's own CMake package: under a CUDA torch that asks for the whole CUDA toolkit, overrides CMAKE_CUDA_ARCHITECTURES
 # and adds flags of its own. The stable ABI needs one include directory and one library.
 
 set(FUSEDLOSS_TORCH_MINIMUM 2.10)

@@ -43,10 +43,9 @@ class Processes:
                 self.stop()
                 raise TimeoutError(f"rank {rank} of {self.size} did not answer in {TIMEOUT_S} s")
             answers.append(pipe.recv())
-        for rank, (result, error) in enumerate(answers):
+        for rank, (_, error) in enumerate(answers):
             if error is not None:
                 raise AssertionError(f"on rank {rank} of {self.size}:\n{error}")
-            del result
         return [result for result, _ in answers]
 
     def stop(self) -> None:
@@ -71,7 +70,6 @@ def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
     while True:
         function, arguments = pipe.recv()
         try:
-            # Tensors as bytes: shared memory would be gone with the process.
             pipe.send((function(*arguments), None))
         except Exception:
             pipe.send((None, traceback.format_exc()))

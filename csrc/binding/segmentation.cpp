@@ -243,8 +243,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const char* op, const Tensor& input, 
   const Table table = run_forward(call);
   double terms[3] = {0.0, 0.0, 0.0};
   std::vector<double> values;
-  if (params.cross_entropy) terms[0] = divide(table.cross_entropy(), call.cross_entropy_divisor(table));
-  if (params.squared_error) {
+  const bool scalar = call.output == Output::kMean || call.output == Output::kSum;
+  if (scalar && params.cross_entropy) terms[0] = divide(table.cross_entropy(), call.cross_entropy_divisor(table));
+  if (scalar && params.squared_error) {
     terms[2] =
         call.output == Output::kSum ? table.squared_error() : divide(table.squared_error(), table.all_pixel_weights());
   }
@@ -264,7 +265,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const char* op, const Tensor& input, 
       }
     });
   }
-  if (call.output == Output::kMean || call.output == Output::kSum) {
+  if (scalar) {
     double loss = 0.0;
     if (params.cross_entropy) loss += options.cross_entropy * terms[0];
     if (params.overlap) loss += options.iou * terms[1];
@@ -360,9 +361,8 @@ Tensor segmentation_backward(Tensor grad, Tensor input, Tensor target, std::opti
   }
   if (call.output == Output::kSums) {
     // Of the sums as they are: where they are divided, the caller does it.
-    const int64_t last = call.table_size();
-    if (params.cross_entropy) params.cross_entropy_scale = number_at(grad, last - 3);
-    if (params.squared_error) params.squared_error_scale = number_at(grad, last - 1);
+    if (params.cross_entropy) params.cross_entropy_scale = number_at(grad, call.place_of_cross_entropy());
+    if (params.squared_error) params.squared_error_scale = number_at(grad, call.place_of_squared_error());
   }
   const std::vector<double> gradients = table_gradients(call, table, grad);
   std::vector<float> gradients32;

@@ -140,6 +140,9 @@ struct SegmentationCall {
   int64_t number_bytes() const { return static_cast<int64_t>(float64() ? sizeof(double) : sizeof(float)); }
   // Numbers of the table of sums: I, P and T of each class, m of each group, and three.
   int64_t table_size() const { return 3 * params.groups * params.classes + params.groups + 3; }
+  // Places of the sums of CE and of SE in it.
+  int64_t place_of_cross_entropy() const { return table_size() - 3; }
+  int64_t place_of_squared_error() const { return table_size() - 1; }
   int64_t statistics_size() const {
     const int64_t table_bytes = table_size() * static_cast<int64_t>(sizeof(double));
     return pixel_statistics() + table_bytes / number_bytes();

@@ -2,7 +2,7 @@
 
 Every process visits its own pixels, forward and backward, as for a batch of its own. Between the visits lies the table
 of sums, I, P and T of each class and a few numbers more: that is added up over the processes, and the formula on the
-table, a few dozen operations on (G, C) numbers, is the one of :mod:`fusedloss.reference`.
+table, a few dozen operations on (G, C) numbers, is the reference's (``_table.py``).
 
 The loss is then the same number on every process, and its gradient with regard to the process's own logits is
 multiplied by the number of processes, because DistributedDataParallel and FSDP divide by it when they average.
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fusedloss import _autograd, _calls, _ops, reference
+from fusedloss import _autograd, _calls, _ops, _table
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -79,7 +79,7 @@ def segmentation(
     if output == _ops.STATISTICS:
         return table.reshape(3, groups, classes).to(dtype), sums.new_zeros(3)
 
-    loss, counts = reference.overlap_of(
+    loss, counts = _table.overlap_of(
         intersection,
         predicted,
         labelled,
@@ -91,7 +91,7 @@ def segmentation(
     if output == _ops.NONE:
         return loss.to(dtype), sums.new_zeros(3)
     class_weight = _class_weight(weight, options["classes"], loss)
-    overlap, counting = reference.add_classes(loss, counts, class_weight, mean=output == _ops.MEAN)
+    overlap, counting = _table.add_classes(loss, counts, class_weight, mean=output == _ops.MEAN)
     cross_entropy, label_weight, squared_error = rest.unbind(0)
     pixel_weight = pixels.sum()
     if per_image:
@@ -103,9 +103,9 @@ def segmentation(
         return overlap.to(dtype), sums.new_zeros(3)
     by_label = options["activation"] == "softmax" and not target.is_floating_point()
     terms = {
-        "cross_entropy": reference.divide(cross_entropy, label_weight if by_label else pixel_weight),
-        "iou": reference.divide(overlap, counting),
-        "brier": reference.divide(squared_error, pixel_weight),
+        "cross_entropy": _table.divide(cross_entropy, label_weight if by_label else pixel_weight),
+        "iou": _table.divide(overlap, counting),
+        "brier": _table.divide(squared_error, pixel_weight),
     }
     # What is not asked for is not multiplied by 0: it may be NaN.
     factors = {name: options.get(name, 0.0) for name in terms}
@@ -118,5 +118,4 @@ def _class_weight(weight: Tensor | None, chosen: Any, loss: Tensor) -> Tensor:
     """(classes,)"""
     if weight is None:
         return loss.new_ones(loss.shape[1])
-    weight = weight.to(loss.dtype)
-    return weight if chosen is None else weight[list(chosen)]
+    return _table.chosen(weight.to(loss.dtype), chosen)

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedloss import _table
+
 __all__ = [
     "brier_loss",
     "cross_entropy",
@@ -353,7 +355,7 @@ def tversky_loss(
         raise ValueError(f"tversky_loss: `reduction` must be 'none', 'mean' or 'sum', got {reduction!r}")
     view = _view("tversky_loss", input, target, activation, pixel_weight, ignore_index)
     pixels = view.pixel_weight.sum(dim=1)
-    loss, counts = overlap_of(
+    loss, counts = _table.overlap_of(
         *_statistics(view, per_image, intersection),
         pixels if per_image else pixels.sum().reshape(1),
         alpha=alpha,
@@ -367,8 +369,9 @@ def tversky_loss(
     )
     if reduction == "none":
         return loss
-    total, groups = add_classes(loss, counts, _chosen(_ones_or(weight, view), classes), mean=reduction == "mean")
-    return total if reduction == "sum" else divide(total, groups)
+    class_weight = _table.chosen(_ones_or(weight, view), classes)
+    total, groups = _table.add_classes(loss, counts, class_weight, mean=reduction == "mean")
+    return total if reduction == "sum" else _table.divide(total, groups)
 
 
 def brier_loss(
@@ -401,7 +404,7 @@ def brier_loss(
         return loss.sum()
     if reduction != "mean":
         raise ValueError(f"brier_loss: `reduction` must be 'none', 'mean' or 'sum', got {reduction!r}")
-    return divide(loss.sum(), view.pixel_weight.sum())
+    return _table.divide(loss.sum(), view.pixel_weight.sum())
 
 
 def segmentation_loss(
@@ -448,7 +451,7 @@ def segmentation_loss(
     view = _view("segmentation_loss", input, target, **options)
     terms: dict[str, Tensor] = {}
     if cross_entropy != 0.0:
-        terms["cross_entropy"] = divide(*_cross_entropy_sums(view, weight, label_smoothing, pos_weight))
+        terms["cross_entropy"] = _table.divide(*_cross_entropy_sums(view, weight, label_smoothing, pos_weight))
     if iou != 0.0:
         terms["iou"] = tversky_loss(
             input,
@@ -553,11 +556,6 @@ def _ones_or(weight: Tensor | None, view: _View) -> Tensor:
     return like.new_ones(like.shape[1]) if weight is None else weight.to(like.dtype)
 
 
-def _chosen(of_classes: Tensor, classes: Sequence[int] | None) -> Tensor:
-    """Of (..., C), the classes that are asked for."""
-    return of_classes if classes is None else of_classes[..., list(classes)]
-
-
 def _brier(view: _View, weight: Tensor | None) -> Tensor:
     """(N, S)"""
     square = (view.probabilities - view.labels) ** 2
@@ -644,68 +642,6 @@ def segmentation_sums(
     else:
         table = pixels.new_zeros((3, pixels.shape[0], view.logits.shape[1]))
     return torch.cat([table.reshape(-1), pixels, torch.stack(sums)]).to(torch.float64)
-
-
-# ---- the formulas on the table: those of the losses over several processes too (_distributed.py) ---------------------
-
-
-def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Quotient, 0 where the denominator is; written so that its derivative there is 0 too."""
-    some = denominator != 0
-    return torch.where(some, numerator / torch.where(some, denominator, 1.0), 0.0)
-
-
-def overlap_of(
-    intersection: Tensor,
-    predicted: Tensor,
-    labelled: Tensor,
-    pixels: Tensor,
-    *,
-    alpha: float,
-    beta: float,
-    classes: Sequence[int] | None,
-    absent: str,
-    smooth: float,
-    eps: float,
-    log: bool,
-    gamma: float,
-) -> tuple[Tensor, Tensor]:
-    """Loss of each chosen class in each group, 0 where it does not count, and whether it counts: (G, classes).
-
-    Of I, P and T, each (G, C), and the sum of the pixels' weights in each group, (G,).
-    """
-    i, p, t = (_chosen(of_classes, classes) for of_classes in (intersection, predicted, labelled))
-    score = (i + smooth) / (i + alpha * (p - i) + beta * (t - i) + smooth).clamp_min(eps)
-    loss = -torch.log(score.clamp_min(eps)) if log else 1.0 - score
-    loss = loss.clamp_min(0.0)
-    if gamma != 1.0:
-        positive = loss > 0.0  # at 0 the power may have an infinite derivative
-        loss = torch.where(positive, torch.where(positive, loss, 1.0) ** gamma, 0.0)
-
-    counts = (pixels != 0).unsqueeze(1).expand(loss.shape)
-    present = t != 0
-    if absent == "skip":
-        counts = counts & present
-        loss = torch.where(counts, loss, 0.0)
-    elif absent == "zero":
-        loss = torch.where(counts & present, loss, 0.0)
-    elif absent == "count":
-        loss = torch.where(counts, loss, 0.0)
-    else:
-        raise ValueError(f"`absent` must be 'skip', 'count' or 'zero', got {absent!r}")
-    return loss, counts
-
-
-def add_classes(loss: Tensor, counts: Tensor, class_weight: Tensor, *, mean: bool) -> tuple[Tensor, Tensor]:
-    """Sum over the groups of sum w loss, or, for a mean, of sum w loss / sum w; and how many groups have a class.
-
-    Of loss and counts, each (G, classes), and the weights of the classes, (classes,).
-    """
-    class_weight = class_weight * counts
-    of_group = (class_weight * loss).sum(dim=1)
-    if mean:
-        of_group = divide(of_group, class_weight.sum(dim=1))
-    return of_group.sum(), counts.any(dim=1).to(loss.dtype).sum()
 
 
 def _result_dtype(*tensors: Tensor | None) -> torch.dtype:

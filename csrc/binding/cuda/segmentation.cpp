@@ -157,8 +157,8 @@ Tensor segmentation_backward(Tensor grad, Tensor input, Tensor target, std::opti
   params.table_gradients = params.overlap ? call.table_in(kept) : nullptr;
   params.scales = call.scales_in(kept);
   if (call.output == Output::kSums) {
-    params.grad_of_sums[0] = call.table_size() - 3;
-    params.grad_of_sums[1] = call.table_size() - 1;
+    params.grad_of_sums[0] = call.place_of_cross_entropy();
+    params.grad_of_sums[1] = call.place_of_squared_error();
     params.scales = nullptr;
   }
   params.chosen = call.chosen_classes();
