@@ -22,24 +22,32 @@ struct Sigmoid {
   Real log1p;       // log(1 + exp(-|z|))
 };
 
-// with_log: whether log1p is wanted.
-template <bool kLog, class Real>
+// One division each, which is half of the time of these functions. The quotient is p, so that p is as good as it can
+// be: a minimum with labels of few bits sees its last one.
+
+// Without log1p, which is left 0.
+template <class Real>
 FUSEDLOSS_HOST_DEVICE Sigmoid<Real> sigmoid(Real logit) {
+  using K = Constants<Real>;
+  const Real one = splat<Real>(Element<Real>(1));
+  // exp(-z), infinite below about -88 (float) or -709: then p is 0 and exp(-z) p is NaN, which minimum() makes 1.
+  const Real t = exp2<Real>(minimum<Real>(splat<Real>(-K::exponent_floor + 1), logit * -K::log2_e));
+  Sigmoid<Real> result;
+  result.probability = one / (one + t);
+  result.complement = minimum<Real>(t * result.probability, one);
+  result.log1p = Real{};
+  return result;
+}
+
+template <class Real>
+FUSEDLOSS_HOST_DEVICE Sigmoid<Real> sigmoid_with_log(Real logit) {
   const Real one = splat<Real>(Element<Real>(1));
   const Real zero = Real{};
-  const Real t = exp<Real>(logit < zero ? logit : -logit);  // in (0, 1]
-  const Real sum = one + t;
+  const Real t = exp<Real>(minimum<Real>(logit, -logit));  // in (0, 1]
   Sigmoid<Real> result;
-  // One division, which is half of the time of this function. The quotient is p, so that p is as good as it can be: a
-  // minimum with labels of few bits sees its last one.
-  result.probability = (logit < zero ? t : one) / sum;
+  result.probability = (logit < zero ? t : one) / (one + t);
   result.complement = logit < zero ? one - result.probability : t * result.probability;
-  if constexpr (kLog) {
-    // What the sum has lost of t comes back to first order.
-    result.log1p = log<Real>(sum) + (t - (sum - one)) / sum;
-  } else {
-    result.log1p = zero;
-  }
+  result.log1p = log1p<Real>(t);
   return result;
 }
 
@@ -47,8 +55,8 @@ template <class Real>
 FUSEDLOSS_HOST_DEVICE Real binary_cross_entropy(const Sigmoid<Real>& s, Real logit, Real label,
                                                 Element<Real> pos_weight) {
   const Real zero = Real{};
-  const Real positive = (logit < zero ? -logit : zero) + s.log1p;  // softplus(-z)
-  const Real negative = (logit > zero ? logit : zero) + s.log1p;   // softplus(z)
+  const Real positive = maximum<Real>(-logit, zero) + s.log1p;  // softplus(-z)
+  const Real negative = maximum<Real>(logit, zero) + s.log1p;   // softplus(z)
   return pos_weight * label * positive + (Element<Real>(1) - label) * negative;
 }
 
@@ -62,7 +70,7 @@ template <class Real>
 FUSEDLOSS_HOST_DEVICE Real binary_cross_entropy_label_gradient(const Sigmoid<Real>& s, Real logit,
                                                                Element<Real> pos_weight) {
   const Real zero = Real{};
-  return pos_weight * ((logit < zero ? -logit : zero) + s.log1p) - ((logit > zero ? logit : zero) + s.log1p);
+  return pos_weight * (maximum<Real>(-logit, zero) + s.log1p) - (maximum<Real>(logit, zero) + s.log1p);
 }
 
 }  // namespace fusedloss::math

@@ -42,6 +42,12 @@ struct ElementaryConstants<float> {
     constexpr float values[4] = {0.66666662693f, 0.40000972152f, 0.28498786688f, 0.24279078841f};
     return values[k];
   }
+  // atanh(s) = s + s z P(z), z = s^2 in [0, 1/9]; relative error 2^-27.
+  static constexpr int atanh_degree = 3;
+  FUSEDLOSS_HOST_DEVICE static constexpr float atanh_coefficient(int k) {
+    constexpr float values[4] = {0.333332081429f, 0.200107636146f, 0.140009027093f, 0.140059930865f};
+    return values[k];
+  }
 };
 
 template <>
@@ -85,7 +91,7 @@ struct ElementaryConstants<double> {
 template <class Real>
 using Constants = ElementaryConstants<Element<Real>>;
 
-// 2^t for t <= 127 (float) or 1023 (double); exactly 0 from -127 (-1023) down, NaN for NaN.
+// 2^t for t <= 128 (float) or 1024 (double), where it is infinite; exactly 0 from -127 (-1023) down, NaN for NaN.
 template <class Real>
 FUSEDLOSS_HOST_DEVICE Real exp2(Real t) {
   using K = Constants<Real>;
@@ -138,6 +144,26 @@ FUSEDLOSS_HOST_DEVICE Real log(Real x) {
   const Real infinity = splat<Real>(K::infinity);
   const Real zero = Real{};
   return x == zero ? -infinity : (x < infinity ? value : x);
+}
+
+// log(1 + t) for t in [0, 1], with all digits where t is small; NaN for NaN.
+template <class Real>
+FUSEDLOSS_HOST_DEVICE Real log1p(Real t) {
+  using K = Constants<Real>;
+  if constexpr (sizeof(Element<Real>) == sizeof(float)) {
+    // log(1 + t) = 2 atanh(t / (2 + t)): half of the instructions of the logarithm, which takes its argument apart.
+    const Real s = t / (t + Element<Real>(2));
+    const Real z = s * s;
+    Real p = splat<Real>(K::atanh_coefficient(K::atanh_degree));
+    for (int k = K::atanh_degree - 1; k >= 0; --k) p = p * z + K::atanh_coefficient(k);
+    const Real twice = s + s;
+    return twice * (z * p) + twice;
+  } else {
+    // In double that polynomial is as long as all of log. What the sum has lost of t comes back to first order.
+    const Real one = splat<Real>(Element<Real>(1));
+    const Real sum = one + t;
+    return log<Real>(sum) + (t - (sum - one)) / sum;
+  }
 }
 
 }  // namespace fusedloss::math

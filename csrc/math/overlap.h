@@ -67,7 +67,7 @@ FUSEDLOSS_HOST_DEVICE OverlapLoss overlap_loss(const OverlapFormula& formula, do
 // Intersection of one pixel and class, and its derivative with regard to the first argument. At a tie of the minimum
 // each of the two has half of it.
 template <class Real>
-FUSEDLOSS_HOST_DEVICE Real minimum_derivative(Real of, Real other) {
+FUSEDLOSS_HOST_DEVICE Real minimum_intersection_derivative(Real of, Real other) {
   const Real one = splat<Real>(Element<Real>(1)), half = splat<Real>(Element<Real>(0.5));
   const Real below = of < other ? one : Real{};
   return of == other ? half : below;
@@ -75,8 +75,8 @@ FUSEDLOSS_HOST_DEVICE Real minimum_derivative(Real of, Real other) {
 
 // NaN where one of them is.
 template <class Real>
-FUSEDLOSS_HOST_DEVICE Real minimum(Real a, Real b) {
-  return b < a ? b : (b == b ? a : b);
+FUSEDLOSS_HOST_DEVICE Real minimum_intersection(Real a, Real b) {
+  return b == b ? minimum<Real>(b, a) : b;
 }
 
 }  // namespace fusedloss::math

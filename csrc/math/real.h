@@ -58,9 +58,15 @@ FUSEDLOSS_HOST_DEVICE Real splat(Element<Real> value) {
   return value + Real{};
 }
 
+// The second where one of the two is NaN. simd.h has both for vectors.
 template <class Real>
 FUSEDLOSS_HOST_DEVICE Real maximum(Real a, Real b) {
   return a > b ? a : b;
+}
+
+template <class Real>
+FUSEDLOSS_HOST_DEVICE Real minimum(Real a, Real b) {
+  return a < b ? a : b;
 }
 
 }  // namespace fusedloss::math

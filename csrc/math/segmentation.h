@@ -14,8 +14,8 @@
 
 namespace fusedloss::math {
 
-// g_c but for the pixel's weight. intersection_derivative: dI/dp_c, which is y for the product and minimum_derivative()
-// for the minimum. Without kSquared there is no squared error.
+// g_c but for the pixel's weight. intersection_derivative: dI/dp_c, which is y for the product and
+// minimum_intersection_derivative() for the minimum. Without kSquared there is no squared error.
 template <bool kSquared, class Real>
 FUSEDLOSS_HOST_DEVICE Real probability_gradient(Real p, Real y, Real intersection_derivative, Real s,
                                                 Element<Real> weight, Element<Real> d_intersection,

@@ -208,7 +208,7 @@ class Block {
       case Visit::kRows:
         for (int i = 0; i < count; ++i) {
           T* gradient_row = gradient + i * params_.gradient_layout.pixel_stride;
-          if (stream && streaming_aligned(gradient_row)) {
+          if (stream && streaming_aligned(gradient_row, sizeof(T) * kLanes<A>)) {
             backward_row<kLabels, kCanStream>(classes_, row(i), label_row(i), i, pixels, gradient_row);
           } else {
             backward_row<kLabels, false>(classes_, row(i), label_row(i), i, pixels, gradient_row);
@@ -229,10 +229,7 @@ class Block {
     }
     T* rows = reinterpret_cast<T*>(y_tile_);
     tile_to_rows(z_tile_, kTileStride<A>, count, classes, rows, classes);
-    const int numbers = count * classes;
-    int i = 0;
-    for (; i + kLanes<A> <= numbers; i += kLanes<A>) store_streaming_copy(gradient + i, rows + i);
-    for (; i < numbers; ++i) gradient[i] = rows[i];
+    stream_copy(gradient, rows, count * classes);
   }
 
   const T* row(int i) const { return z_ + i * params_.input_layout.pixel_stride; }
@@ -502,9 +499,8 @@ FUSEDLOSS_HOST_DEVICE void with_types(const CrossEntropyParams& params, F f) {
 template <class T>
 bool streams(const CrossEntropyParams& params, Visit visit) {
   const int64_t bytes = params.samples * params.classes * params.pixels * static_cast<int64_t>(sizeof(T));
-  const int64_t vector_bytes = static_cast<int64_t>(sizeof(T)) * kLanes<ComputeType<T>>;
   const bool rows_aligned = visit != Visit::kStrided ||
-                            params.gradient_layout.class_stride * static_cast<int64_t>(sizeof(T)) % vector_bytes == 0;
+                            params.gradient_layout.class_stride * static_cast<int64_t>(sizeof(T)) % kVectorBytes == 0;
   return kCanStream && bytes >= kStreamingBytes && rows_aligned;
 }
 

@@ -299,11 +299,9 @@ SegmentationPartial forward_chunk(const SegmentationParams& params, const Classe
 
 template <class T>
 bool streams(const SegmentationParams& params) {
-  using A = ComputeType<T>;
   const int64_t bytes = params.samples * params.classes * params.pixels * static_cast<int64_t>(sizeof(T));
-  const int64_t vector_bytes = static_cast<int64_t>(sizeof(T)) * kLanes<A>;
   const bool rows_aligned = params.input_layout.pixel_stride != 1 ||
-                            params.gradient_layout.class_stride * static_cast<int64_t>(sizeof(T)) % vector_bytes == 0;
+                            params.gradient_layout.class_stride * static_cast<int64_t>(sizeof(T)) % kVectorBytes == 0;
   return kCanStream && bytes >= kStreamingBytes && rows_aligned;
 }
 
@@ -321,10 +319,7 @@ void write_rows(const SegmentationBlock<T>& block, T* gradient, bool stream) {
   }
   T* rows = reinterpret_cast<T*>(work.labels);
   tile_to_rows(work.tile, stride, block.count, classes, rows, classes);
-  const int numbers = block.count * classes;
-  int i = 0;
-  for (; i + kLanes<A> <= numbers; i += kLanes<A>) store_streaming_copy(gradient + i, rows + i);
-  for (; i < numbers; ++i) gradient[i] = rows[i];
+  stream_copy(gradient, rows, block.count * classes);
 }
 
 // Calls write(streams, gradient, stride from class to class) for where a block's gradient is computed to: memory, or
@@ -518,7 +513,7 @@ void label_backward_chunk(const SegmentationParams& params, const Classes<Comput
                                                                    math::log<A>(sum[i]));
         }
       } else if (params.activation == Activation::kSigmoid) {
-        const math::Sigmoid<A> s = math::sigmoid<true, A>(z);
+        const math::Sigmoid<A> s = math::sigmoid_with_log<A>(z);
         const A pos_weight = params.pos_weight == nullptr ? A(1) : static_cast<const A*>(params.pos_weight)[c];
         p = s.probability;
         if (g != A(0)) {
@@ -526,7 +521,7 @@ void label_backward_chunk(const SegmentationParams& params, const Classes<Comput
                              math::binary_cross_entropy_label_gradient<A>(s, z, pos_weight);
         }
       }
-      const A share = product ? p : math::minimum_derivative<A>(y, p);
+      const A share = product ? p : math::minimum_intersection_derivative<A>(y, p);
       const A scale = A(2) * squared_error_scale[i] * w;
       const A square = scale == A(0) ? A(0) : math::squared_error_gradient<A>(scale, y, p);
       return m * (gradients.d_intersection[c] * share + gradients.d_labelled[c] + square + of_cross_entropy);

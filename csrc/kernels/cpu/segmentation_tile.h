@@ -105,7 +105,7 @@ void collect(int64_t classes, const A* tile, int64_t stride, const Y* y, int64_t
           if constexpr (kOverlap) {
             predicted += m[v] * p;
             if constexpr (kSoft) {
-              both += m[v] * (kProduct ? p * y_c : math::minimum<V>(p, y_c));
+              both += m[v] * (kProduct ? p * y_c : math::minimum_intersection<V>(p, y_c));
               labelled += m[v] * y_c;
             }
           }
@@ -127,6 +127,18 @@ void collect(int64_t classes, const A* tile, int64_t stride, const Y* y, int64_t
   });
 }
 
+// Vectors of a step of a loop over pixels in which classes have nothing to do with each other: each is one long chain
+// of a sigmoid, so several have to be on their way at once.
+constexpr int kEachVectors = 4;
+
+// GCC leaves the chains of neighbouring vectors one behind the other, unless its first scheduler may mix them. Not for
+// every kernel: it makes the softmax 10 % slower (docs/performance.md). Clang mixes by itself.
+#if defined(__GNUC__) && !defined(__clang__)
+#define FUSEDLOSS_INTERLEAVED __attribute__((optimize("schedule-insns", "sched-pressure")))
+#else
+#define FUSEDLOSS_INTERLEAVED
+#endif
+
 // Fills the tile with sigmoid(z), or with z itself. With kCrossEntropy also the binary cross-entropy of each pixel,
 // over the classes (not yet times m). kWeighted: where a pixel's weight may be other than 1; 0 where it is 0, whatever
 // the logit is. z: class-major with z_stride; the tile itself, where it has been filled with logits.
@@ -138,6 +150,9 @@ void fill_each(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_str
   using V = Vector<A>;
   constexpr int lanes = kLanes<A>;
   const A share = A(1) / static_cast<A>(classes.count);
+  if constexpr (kCrossEntropy) {
+    for (int i = 0; i < count; i += lanes) store(cross_entropy + i, V{});
+  }
   // The classes are the outer loop, so that the constants of the sigmoid stay in registers also with a single class.
   for (int c = 0; c < classes.count; ++c) {
     const T* row = z + c * z_stride;
@@ -155,14 +170,14 @@ void fill_each(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_str
         if constexpr (kWeighted) p = m == A(0) ? V{} : p;
         if constexpr (kSigmoid) {
           const V logit = p;
-          const math::Sigmoid<V> s = math::sigmoid<kCrossEntropy, V>(logit);
+          const math::Sigmoid<V> s = kCrossEntropy ? math::sigmoid_with_log<V>(logit) : math::sigmoid<V>(logit);
           p = s.probability;
           if constexpr (kWeighted) p = m == A(0) ? V{} : p;
           if constexpr (kCrossEntropy) {
             V label = label_at<A, kSoft>(pixels, at, y_row, c);
             label = classes.smoothing.label * label + classes.smoothing.every;
             const V value = w * math::binary_cross_entropy<V>(s, logit, label, w_positive);
-            store(cross_entropy + at, c == 0 ? value : load(cross_entropy + at) + value);
+            store(cross_entropy + at, load(cross_entropy + at) + value);
           }
         }
         store(tile_row + at, p);
@@ -171,32 +186,56 @@ void fill_each(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_str
   }
 }
 
+// Logits and labels of the same pixels, vector by vector. Which pixel is in which lane is only told to be the same in
+// both, and for bfloat16 it is as store_even_odd() wants it.
+template <class T, class Y>
+constexpr bool kEvenOdd = std::is_same_v<T, BFloat16> && std::is_same_v<Y, BFloat16>;
+
+template <class T, class Y, class V, int kVectors>
+FUSEDLOSS_HOST_DEVICE void load_alike(const T* z, const Y* y, V (&logit)[kVectors], V (&label)[kVectors]) {
+  constexpr int lanes = kLanes<ComputeType<T>>;
+  if constexpr (kEvenOdd<T, Y> && kVectors % 2 == 0) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; v += 2) {
+      load_even_odd(z + v * lanes, logit[v], logit[v + 1]);
+      load_even_odd(y + v * lanes, label[v], label[v + 1]);
+    }
+  } else {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      logit[v] = load<T>(z + v * lanes);
+      label[v] = load<Y>(y + v * lanes);
+    }
+  }
+}
+
 // Of a plain block: the statistics straight from the logits and the soft labels.
 template <bool kSigmoid, bool kProduct, class T, class Y>
-void collect_plain(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride, const Y* y, int64_t y_stride,
-                   int count, const OverlapSums<ComputeType<T>>& sums) {
+FUSEDLOSS_INTERLEAVED void collect_plain(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride,
+                                         const Y* y, int64_t y_stride, int count,
+                                         const OverlapSums<ComputeType<T>>& sums) {
   using A = ComputeType<T>;
   using V = Vector<A>;
   constexpr int lanes = kLanes<A>;
   for (int c = 0; c < classes.count; ++c) {
     const T* row = z + c * z_stride;
     const Y* y_row = y + c * y_stride;
-    V both[2] = {}, predicted[2] = {}, labelled[2] = {};
-    for_vectors<A, 2>(count, [&](auto vectors, auto, int i, int) {
+    V both[kEachVectors] = {}, predicted[kEachVectors] = {}, labelled[kEachVectors] = {};
+    for_vectors<A, kEachVectors>(count, [&](auto vectors, auto, int i, int) {
       constexpr int n = vectors();
-#pragma GCC unroll 2
+      V logit[n], label[n];
+      load_alike<T, Y>(row + i, y_row + i, logit, label);
+#pragma GCC unroll 4
       for (int v = 0; v < n; ++v) {
-        const V logit = load<T>(row + i + v * lanes);
-        const V label = load<Y>(y_row + i + v * lanes);
-        V p = logit;
-        if constexpr (kSigmoid) p = math::sigmoid<false, V>(logit).probability;
-        both[v] += kProduct ? p * label : math::minimum<V>(p, label);
+        V p = logit[v];
+        if constexpr (kSigmoid) p = math::sigmoid<V>(p).probability;
+        both[v] += kProduct ? p * label[v] : math::minimum_intersection<V>(p, label[v]);
         predicted[v] += p;
-        labelled[v] += label;
+        labelled[v] += label[v];
       }
     });
-    const auto add = [&](A* sum, const V(&more)[2]) {
-      store(sum + c * lanes, load(sum + c * lanes) + (more[0] + more[1]));
+    const auto add = [&](A* sum, const V(&more)[kEachVectors]) {
+      store(sum + c * lanes, load(sum + c * lanes) + ((more[0] + more[1]) + (more[2] + more[3])));
     };
     add(sums.intersection, both);
     add(sums.predicted, predicted);
@@ -211,7 +250,7 @@ void collect_plain(const Classes<ComputeType<T>>& classes, const T* z, int64_t z
 template <class A, bool kProduct>
 FUSEDLOSS_HOST_DEVICE Vector<A> intersection_derivative(Vector<A> p, Vector<A> y) {
   if constexpr (kProduct) return y;
-  return math::minimum_derivative<Vector<A>>(p, y);
+  return math::minimum_intersection_derivative<Vector<A>>(p, y);
 }
 
 // Softmax, first visit: fills the tile with probabilities and sums over the classes what their gradient needs.
@@ -323,10 +362,11 @@ void softmax_gradient(const Classes<ComputeType<T>>& classes, const ComputeType<
 // z may be `gradient` itself.
 // kFull: with squared error or cross-entropy. kWeighted: where a pixel's weight may be other than 1.
 template <bool kSigmoid, bool kSoft, bool kProduct, bool kFull, bool kWeighted, bool kStream, class Z, class T, class Y>
-void gradient_of_each(const Classes<ComputeType<T>>& classes, const Z* z, int64_t z_stride,
-                      const ComputeType<T>* pos_weight, const Y* y, int64_t y_stride, int count,
-                      const SegmentationPixels<ComputeType<T>>& pixels, const ClassGradients<ComputeType<T>>& gradients,
-                      T* gradient, int64_t gradient_stride) {
+FUSEDLOSS_INTERLEAVED void gradient_of_each(const Classes<ComputeType<T>>& classes, const Z* z, int64_t z_stride,
+                                            const ComputeType<T>* pos_weight, const Y* y, int64_t y_stride, int count,
+                                            const SegmentationPixels<ComputeType<T>>& pixels,
+                                            const ClassGradients<ComputeType<T>>& gradients, T* gradient,
+                                            int64_t gradient_stride) {
   using A = ComputeType<T>;
   using V = Vector<A>;
   constexpr int lanes = kLanes<A>;
@@ -338,14 +378,26 @@ void gradient_of_each(const Classes<ComputeType<T>>& classes, const Z* z, int64_
     const A w_positive = pos_weight == nullptr ? A(1) : pos_weight[c];
     const A d_intersection = gradients.d_intersection[c];
     const A d_predicted = gradients.d_predicted[c];
-    for_vectors<A, 2>(count, [&](auto vectors, auto partial, int i, int left) {
+    for_vectors<A, kEachVectors>(count, [&](auto vectors, auto partial, int i, int left) {
       constexpr int n = vectors();
-      V value[n];
-#pragma GCC unroll 2
+      // What is said of each pixel lies in their order.
+      constexpr bool even_odd = kEvenOdd<Z, Y> && std::is_same_v<Z, T> && kSoft && !kFull && !kWeighted && n % 2 == 0;
+      V logits[n], labels[n], value[n];
+      if constexpr (even_odd) {
+        load_alike<Z, Y>(row + i, y_row + i, logits, labels);
+      } else {
+#pragma GCC unroll 4
+        for (int v = 0; v < n; ++v) {
+          const int at = i + v * lanes;
+          logits[v] = partial() ? load_partial<Z>(row + at, left, 0) : load<Z>(row + at);
+          labels[v] = label_at<A, kSoft>(pixels, at, y_row, c);
+        }
+      }
+#pragma GCC unroll 4
       for (int v = 0; v < n; ++v) {
         const int at = i + v * lanes;
-        const V logit = partial() ? load_partial<Z>(row + at, left, 0) : load<Z>(row + at);
-        const V label = label_at<A, kSoft>(pixels, at, y_row, c);
+        const V logit = logits[v];
+        const V label = labels[v];
         const auto gradient_of = [&](V p) {
           // Of a hard label the minimum and the product are the same.
           constexpr bool by_product = kProduct || !kSoft;
@@ -354,7 +406,7 @@ void gradient_of_each(const Classes<ComputeType<T>>& classes, const Z* z, int64_
           return math::probability_gradient<kFull, V>(p, label, share, scale, w, d_intersection, d_predicted);
         };
         if constexpr (kSigmoid) {
-          const math::Sigmoid<V> s = math::sigmoid<false, V>(logit);
+          const math::Sigmoid<V> s = math::sigmoid<V>(logit);
           value[v] = s.probability * s.complement * gradient_of(s.probability);
           if constexpr (kFull) {
             const V smoothed = classes.smoothing.label * label + classes.smoothing.every;
@@ -369,7 +421,12 @@ void gradient_of_each(const Classes<ComputeType<T>>& classes, const Z* z, int64_
           value[v] = m == A(0) ? V{} : m * value[v];
         }
       }
-      write_gradient<kStream, partial()>(gradient_row + i, value, left);
+      if constexpr (even_odd) {
+#pragma GCC unroll 2
+        for (int v = 0; v < n; v += 2) store_even_odd<kStream>(gradient_row + i + v * lanes, value[v], value[v + 1]);
+      } else {
+        write_gradient<kStream, partial()>(gradient_row + i, value, left);
+      }
     });
   }
 }

@@ -56,6 +56,31 @@ struct RealTraits<cpu::FUSEDLOSS_LEVEL::Vector<double>> {
   using Bits = cpu::FUSEDLOSS_LEVEL::Vector<int64_t>;
   using UnsignedBits = cpu::FUSEDLOSS_LEVEL::Vector<uint64_t>;
 };
+
+// GCC 12 makes a comparison and a blend of `a > b ? a : b`; one instruction means the same, NaN and zeros included.
+#if defined(__AVX512F__)  // the masked forms: the plain ones make GCC 12 warn about its own header
+template <>
+FUSEDLOSS_HOST_DEVICE cpu::FUSEDLOSS_LEVEL::Vector<float> maximum(cpu::FUSEDLOSS_LEVEL::Vector<float> a,
+                                                                  cpu::FUSEDLOSS_LEVEL::Vector<float> b) {
+  return _mm512_maskz_max_ps(0xffff, a, b);
+}
+template <>
+FUSEDLOSS_HOST_DEVICE cpu::FUSEDLOSS_LEVEL::Vector<float> minimum(cpu::FUSEDLOSS_LEVEL::Vector<float> a,
+                                                                  cpu::FUSEDLOSS_LEVEL::Vector<float> b) {
+  return _mm512_maskz_min_ps(0xffff, a, b);
+}
+#elif defined(__AVX2__)
+template <>
+FUSEDLOSS_HOST_DEVICE cpu::FUSEDLOSS_LEVEL::Vector<float> maximum(cpu::FUSEDLOSS_LEVEL::Vector<float> a,
+                                                                  cpu::FUSEDLOSS_LEVEL::Vector<float> b) {
+  return _mm256_max_ps(a, b);
+}
+template <>
+FUSEDLOSS_HOST_DEVICE cpu::FUSEDLOSS_LEVEL::Vector<float> minimum(cpu::FUSEDLOSS_LEVEL::Vector<float> a,
+                                                                  cpu::FUSEDLOSS_LEVEL::Vector<float> b) {
+  return _mm256_min_ps(a, b);
+}
+#endif
 }  // namespace fusedloss::math
 
 namespace fusedloss::cpu::FUSEDLOSS_LEVEL {
@@ -78,8 +103,8 @@ template <class V, class U>
 FUSEDLOSS_HOST_DEVICE U round_to_bfloat16(V value) {
   const U bits = math::bit_cast<U>(value);
   const U rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const U quiet_nan = bits | 0x400000u;
-  return value == value ? rounded : quiet_nan;
+  const U not_a_number = value == value ? U{} : ~U{};
+  return rounded | not_a_number;
 }
 
 // V, U: as above.
@@ -122,8 +147,11 @@ typedef VectorOf<uint16_t, kVectorBytes / 2>::Memory HalfMemory;
 
 template <>
 FUSEDLOSS_HOST_DEVICE Vector<float> load(const BFloat16* p) {
-#if defined(__AVX512F__)  // GCC 12 spells the conversion in halves: five instructions in place of one
+#if defined(__AVX512F__)  // both: GCC 12 spells the conversion in halves, five instructions in place of one
   const __m512i bits = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return math::bit_cast<Vector<float>>(bfloat16_to_float_bits((Vector<uint32_t>)bits));
+#elif defined(__AVX2__)
+  const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return math::bit_cast<Vector<float>>(bfloat16_to_float_bits((Vector<uint32_t>)bits));
 #else
   const HalfBits bits = *reinterpret_cast<const HalfMemory*>(p);
@@ -177,51 +205,53 @@ FUSEDLOSS_HOST_DEVICE void store(Float16* p, Vector<float> value) {
 // Store past the caches, for an output that is not read again soon: saves reading the line before it is overwritten,
 // a third of the backward pass on memory (docs/performance.md). Needs p aligned to the bytes written, and
 // streaming_fence() before another thread reads. Intrinsics, because GCC has no portable spelling.
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 constexpr bool kCanStream = true;
-template <class T>
-FUSEDLOSS_HOST_DEVICE void store_streaming(T* p, Vector<ComputeType<T>> value) {
-  if constexpr (sizeof(T) == 2) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrow(value, p));
-  } else {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)value);
-  }
-}
-#elif defined(__AVX2__)
-constexpr bool kCanStream = true;
-template <class T>
-FUSEDLOSS_HOST_DEVICE void store_streaming(T* p, Vector<ComputeType<T>> value) {
-  if constexpr (sizeof(T) == 2) {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)narrow(value, p));
-  } else {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)value);
-  }
-}
 #else
 constexpr bool kCanStream = false;
-template <class T>
-FUSEDLOSS_HOST_DEVICE void store_streaming(T* p, Vector<ComputeType<T>> value) {
-  store(p, value);
-}
 #endif
 
-// Two vectors side by side.
+typedef Vector<uint32_t> Bits;
+
+// A whole vector of bits of numbers of any type; streamed, p is aligned to kVectorBytes.
+template <bool kStream>
+FUSEDLOSS_HOST_DEVICE void store_bits(void* p, Bits value) {
+#if defined(__AVX512F__)
+  if constexpr (kStream) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)value);
+#elif defined(__AVX2__)
+  if constexpr (kStream) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)value);
+#endif
+  *reinterpret_cast<VectorOf<uint32_t>::Memory*>(p) = value;
+}
+
+template <class T>
+FUSEDLOSS_HOST_DEVICE void store_streaming(T* p, Vector<ComputeType<T>> value) {
+  if constexpr (sizeof(T) == sizeof(ComputeType<T>)) return store_bits<true>(p, (Bits)value);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2) _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrow(value, p));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 2) _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)narrow(value, p));
+#else
+  if constexpr (sizeof(T) == 2) store(p, value);
+#endif
+}
+
+// Two vectors side by side. Streamed, p is aligned to kVectorBytes.
 template <class T, bool kStream>
 FUSEDLOSS_HOST_DEVICE void store_two(T* p, Vector<ComputeType<T>> first, Vector<ComputeType<T>> second) {
-#if defined(__AVX512BW__)
-  if constexpr (std::is_same_v<T, BFloat16>) {  // both upper halves by one permutation, and no shifts
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const Vector<uint32_t> low = round_to_bfloat16<Vector<float>, Vector<uint32_t>>(first);
+    const Vector<uint32_t> high = round_to_bfloat16<Vector<float>, Vector<uint32_t>>(second);
+#if defined(__AVX512F__)  // both upper halves by one permutation, and no shifts
     typedef VectorOf<uint16_t>::Type Words;
     Words odd;
     for (int i = 0; i < 32; ++i) odd[i] = static_cast<uint16_t>(2 * i + 1);
-    const __m512i both =
-        _mm512_permutex2var_epi16((__m512i)round_to_bfloat16<Vector<float>, Vector<uint32_t>>(first), (__m512i)odd,
-                                  (__m512i)round_to_bfloat16<Vector<float>, Vector<uint32_t>>(second));
-    if constexpr (kStream) {
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_extracti64x4_epi64(0xff, both, 0));
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(p) + 1, _mm512_maskz_extracti64x4_epi64(0xff, both, 1));
-    } else {
-      _mm512_storeu_si512(p, both);
-    }
+    store_bits<kStream>(p, (Bits)_mm512_permutex2var_epi16((__m512i)low, (__m512i)odd, (__m512i)high));
+#else  // the pack goes half by half, which the permutation mends
+    const __m256i packed = _mm256_packus_epi32((__m256i)(low >> 16), (__m256i)(high >> 16));
+    store_bits<kStream>(p, (Bits)_mm256_permute4x64_epi64(packed, 0b11011000));
+#endif
     return;
   }
 #endif
@@ -235,27 +265,33 @@ FUSEDLOSS_HOST_DEVICE void store_two(T* p, Vector<ComputeType<T>> first, Vector<
   }
 }
 
+// Two vectors of bfloat16 side by side, the numbers at even places and those at odd ones: each of the two takes one
+// instruction to get out of the words that they share, where one vector after the other takes two.
+FUSEDLOSS_HOST_DEVICE void load_even_odd(const BFloat16* p, Vector<float>& even, Vector<float>& odd) {
+  const Vector<uint32_t> words = *reinterpret_cast<const VectorOf<uint32_t>::Memory*>(p);
+  even = math::bit_cast<Vector<float>>(bfloat16_to_float_bits(words));
+  odd = math::bit_cast<Vector<float>>(words & 0xffff0000u);
+}
+
+template <bool kStream>
+FUSEDLOSS_HOST_DEVICE void store_even_odd(BFloat16* p, Vector<float> even, Vector<float> odd) {
+  const Vector<uint32_t> low = round_to_bfloat16<Vector<float>, Vector<uint32_t>>(even) >> 16;
+  const Vector<uint32_t> high = round_to_bfloat16<Vector<float>, Vector<uint32_t>>(odd);
+  store_bits<kStream>(p, low | (high & 0xffff0000u));
+}
+
 // Outputs from this size on are streamed: about a core's share of the last-level cache.
 constexpr int64_t kStreamingBytes = int64_t{4} << 20;
 
-// One vector's worth of numbers, as they are.
+// Copies `count` numbers past the caches; `to` is aligned to kVectorBytes.
 template <class T>
-FUSEDLOSS_HOST_DEVICE void store_streaming_copy(T* to, const T* from) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 2) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-  } else {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+FUSEDLOSS_HOST_DEVICE void stream_copy(T* to, const T* from, int count) {
+  constexpr int step = kVectorBytes / static_cast<int>(sizeof(T));
+  int i = 0;
+  for (; i + step <= count; i += step) {
+    store_bits<true>(to + i, *reinterpret_cast<const VectorOf<uint32_t>::Memory*>(from + i));
   }
-#elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 2) {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  } else {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-  }
-#else
-  store(to, load(from));
-#endif
+  for (; i < count; ++i) to[i] = from[i];
 }
 
 FUSEDLOSS_HOST_DEVICE void streaming_fence() {
@@ -264,9 +300,7 @@ FUSEDLOSS_HOST_DEVICE void streaming_fence() {
 #endif
 }
 
-template <class T>
-FUSEDLOSS_HOST_DEVICE bool streaming_aligned(const T* p) {
-  constexpr uintptr_t bytes = sizeof(T) * kLanes<ComputeType<T>>;
+FUSEDLOSS_HOST_DEVICE bool streaming_aligned(const void* p, uintptr_t bytes = kVectorBytes) {
   return reinterpret_cast<uintptr_t>(p) % bytes == 0;
 }
 

@@ -87,7 +87,7 @@ struct BackwardTile {
 
   // g_c; `twice` is s of math/segmentation.h.
   FUSEDLOSS_DEVICE static A gradient_of(A p, A y, bool by_product, A twice, A w, A d_intersection, A d_predicted) {
-    const A share = by_product ? y : math::minimum_derivative<A>(p, y);
+    const A share = by_product ? y : math::minimum_intersection_derivative<A>(p, y);
     return math::probability_gradient<true, A>(p, y, share, twice, w, d_intersection, d_predicted);
   }
 
@@ -198,7 +198,7 @@ struct BackwardTile {
       for (int v = 0; v < kVector; ++v) {
         const A y = label(v, c);
         if (sigmoid) {
-          const math::Sigmoid<A> s = math::sigmoid<false, A>(z[v]);
+          const math::Sigmoid<A> s = math::sigmoid<A>(z[v]);
           value[v] = s.probability * s.complement *
                      gradient_of(s.probability, y, by_product, twice[v], w, d_intersection, d_predicted);
           if (params.cross_entropy) {
@@ -304,7 +304,7 @@ label_backward_kernel(FUSEDLOSS_ARGUMENT BackwardParams params, bool keep_table)
           value = math::cross_entropy_label_gradient<A>(g, smoothing_label * w, z, maximum, math::log<A>(sum));
         }
       } else if (params.activation == Activation::kSigmoid) {
-        const math::Sigmoid<A> s = math::sigmoid<true, A>(z);
+        const math::Sigmoid<A> s = math::sigmoid_with_log<A>(z);
         const A pos_weight = params.pos_weight == nullptr ? A(1) : static_cast<const A*>(params.pos_weight)[c];
         p = s.probability;
         if (g != A(0)) {
@@ -312,7 +312,7 @@ label_backward_kernel(FUSEDLOSS_ARGUMENT BackwardParams params, bool keep_table)
                   math::binary_cross_entropy_label_gradient<A>(s, z, pos_weight);
         }
       }
-      const A share = by_product ? p : math::minimum_derivative<A>(y, p);
+      const A share = by_product ? p : math::minimum_intersection_derivative<A>(y, p);
       const A scale = A(2) * scales.squared_error * w;
       if (scale != A(0)) value += math::squared_error_gradient<A>(scale, y, p);
       value += gradients.intersection(c) * share + gradients.labelled(c);

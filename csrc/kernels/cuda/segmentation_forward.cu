@@ -174,7 +174,7 @@ struct ForwardTile {
           continue;
         }
         if (params.activation == Activation::kNone) continue;
-        const math::Sigmoid<A> s = math::sigmoid<true, A>(z[v]);
+        const math::Sigmoid<A> s = math::sigmoid_with_log<A>(z[v]);
         if (params.cross_entropy) {
           const A y = smoothing.label * label(v, c) + smoothing.every;
           cross_entropy[v] += w * math::binary_cross_entropy<A>(s, z[v], y, pos_weight);
@@ -205,7 +205,7 @@ struct ForwardTile {
       predicted += m * p[v];
       if (labels_later) continue;
       const bool product = params.intersection == Intersection::kProduct;
-      intersection += m * (product ? p[v] * y : math::minimum<A>(p[v], y));
+      intersection += m * (product ? p[v] * y : math::minimum_intersection<A>(p[v], y));
       labelled += m * y;
       any_label |= y != A(0);
     }
