@@ -300,7 +300,7 @@ SegmentationPartial forward_chunk(const SegmentationParams& params, const Classe
 template <class T>
 bool streams(const SegmentationParams& params) {
   const int64_t bytes = params.samples * params.classes * params.pixels * static_cast<int64_t>(sizeof(T));
-  const bool rows_aligned = params.input_layout.pixel_stride != 1 ||
+  const bool rows_aligned = params.classes == 1 || params.input_layout.pixel_stride != 1 ||
                             params.gradient_layout.class_stride * static_cast<int64_t>(sizeof(T)) % kVectorBytes == 0;
   return kCanStream && bytes >= kStreamingBytes && rows_aligned;
 }
