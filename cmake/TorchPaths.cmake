@@ -1,8 +1,8 @@
 # Finds torch by its path and makes the target `fusedloss_torch`; sets FUSEDLOSS_TORCH_VERSION, FUSEDLOSS_TORCH_CUDA and
 # FUSEDLOSS_TORCH_CUDA_LIBRARY (not found where torch has no CUDA).
 #
-# Not by torch's own CMake package: under a CUDA torch that asks for the whole CUDA toolkit, overrides CMAKE_CUDA_ARCHITECTURES
-# and adds flags of its own. The stable ABI needs one include directory and one library.
+# Not by torch's own CMake package: under a CUDA torch that asks for the whole CUDA toolkit, overrides
+# CMAKE_CUDA_ARCHITECTURES and adds flags of its own. The stable ABI needs one include directory and one library.
 
 set(FUSEDLOSS_TORCH_MINIMUM 2.10)
 # Which torch the stable headers may assume: 2.10, the oldest that runs this binary. Without it the binary would need

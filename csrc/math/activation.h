@@ -22,7 +22,7 @@ struct Sigmoid {
   Real log1p;       // log(1 + exp(-|z|))
 };
 
-// One division each, which is half of the time of these functions. The quotient is p, so that p is as good as it can
+// One division for both p and 1 - p, since it is the slowest step. The quotient is p, so that p is as good as it can
 // be: a minimum with labels of few bits sees its last one.
 
 // Without log1p, which is left 0.

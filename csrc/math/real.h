@@ -58,7 +58,7 @@ FUSEDLOSS_HOST_DEVICE Real splat(Element<Real> value) {
   return value + Real{};
 }
 
-// The second where one of the two is NaN. simd.h has both for vectors.
+// The second where one of the two is NaN. simd.h has both for vectors of float.
 template <class Real>
 FUSEDLOSS_HOST_DEVICE Real maximum(Real a, Real b) {
   return a > b ? a : b;

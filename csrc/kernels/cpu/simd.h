@@ -147,7 +147,7 @@ typedef VectorOf<uint16_t, kVectorBytes / 2>::Memory HalfMemory;
 
 template <>
 FUSEDLOSS_HOST_DEVICE Vector<float> load(const BFloat16* p) {
-#if defined(__AVX512F__)  // both: GCC 12 spells the conversion in halves, five instructions in place of one
+#if defined(__AVX512F__)  // here and below: GCC 12 spells the conversion in halves, five in place of one
   const __m512i bits = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return math::bit_cast<Vector<float>>(bfloat16_to_float_bits((Vector<uint32_t>)bits));
 #elif defined(__AVX2__)
