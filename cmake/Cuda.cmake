@@ -96,13 +96,18 @@ if(FUSEDLOSS_BUILD_CUDA)
   target_compile_definitions(_C_cuda PRIVATE USE_CUDA)
   target_compile_options(_C_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>
                                          $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>)
-  # Of torch's CUDA library two functions are used. A torch without CUDA lacks them, and the library links all the same:
-  # it is loaded where they are.
   target_link_libraries(_C_cuda PRIVATE fusedloss_torch)
   target_link_options(_C_cuda PRIVATE "LINKER:--exclude-libs,ALL")  # CUDA's runtime is inside, and is ours alone
-  if(FUSEDLOSS_TORCH_CUDA_LIBRARY)
-    target_link_libraries(_C_cuda PRIVATE "${FUSEDLOSS_TORCH_CUDA_LIBRARY}")
+  # The current stream is asked of torch's CUDA library. Where torch has none, an empty one of that name is linked in its
+  # place: torch shares the symbols of its libraries with nobody who does not name them, so ours has to name it.
+  if(NOT FUSEDLOSS_TORCH_CUDA_LIBRARY)
+    file(WRITE "${PROJECT_BINARY_DIR}/generated/torch_cuda.cpp" "")
+    add_library(torch_cuda_stand_in SHARED "${PROJECT_BINARY_DIR}/generated/torch_cuda.cpp")
+    set_target_properties(torch_cuda_stand_in PROPERTIES OUTPUT_NAME torch_cuda LIBRARY_OUTPUT_DIRECTORY generated)
+    target_link_options(_C_cuda PRIVATE "LINKER:--no-as-needed")
+    set(FUSEDLOSS_TORCH_CUDA_LIBRARY torch_cuda_stand_in)
   endif()
+  target_link_libraries(_C_cuda PRIVATE "${FUSEDLOSS_TORCH_CUDA_LIBRARY}")
   install(TARGETS _C_cuda LIBRARY DESTINATION fusedloss)
 endif()
 

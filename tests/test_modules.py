@@ -282,7 +282,7 @@ def test_each_option_is_passed_on(loss, device):
 @each_on_probabilities
 def test_gradient_is_its_functions(loss, device):
     input, target, pixel_weight = pixels(device)
-    options = options_of(loss) | buffers_of(loss)
+    options = options_of(loss) | {name: buffer.to(device) for name, buffer in buffers_of(loss).items()}
     gradients = []
     for function in (loss.module(**options), lambda *args: loss.function(*args[:2], pixel_weight=args[2], **options)):
         leaf = input.clone().requires_grad_()

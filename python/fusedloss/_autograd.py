@@ -127,10 +127,13 @@ class _Function(torch.autograd.Function):
             ctx.save_for_backward(*tensors, statistics)
         if type(result) is tuple:
             ctx.mark_non_differentiable(result[1])
+            ctx.set_materialize_grads(False)  # or each backward fills zeros for what has no gradient: one launch more
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
+        if grad is None:
+            return *_NONES, *(None for _ in ctx.needs_input_grad[_LOSS_ARGUMENTS:])
         return *_NONES, *_Function.gradients(ctx, grad, ctx.needs_input_grad[_LOSS_ARGUMENTS:])
 
     @staticmethod

@@ -50,7 +50,8 @@ def _load_cuda(library: Path, cuda_of_torch: str | None) -> str | None:
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        return f"{library.name} does not load ({' '.join(str(error).split())})"
+        # torch says which library, and only what it caught says why.
+        return f"{library.name} does not load ({' '.join(str(error.__cause__ or error).split())})"
     return None
 
 

@@ -16,6 +16,7 @@
 
 #define FUSEDLOSS_DEVICE inline __attribute__((always_inline))
 #define FUSEDLOSS_KERNEL(threads) void
+#define FUSEDLOSS_KERNEL_FOR(threads, blocks) void
 #define FUSEDLOSS_UNROLL
 #define FUSEDLOSS_UNROLL_BY(turns)
 #define FUSEDLOSS_ARGUMENT const
@@ -73,6 +74,14 @@ void copy_async(void* shared, const void* global) {
 float float_of_half(uint16_t bits);
 uint16_t half_of_float(float number);
 uint16_t bfloat16_of_float(float number);
+inline uint32_t halves_of_floats(float first, float second) {
+  return half_of_float(first) | static_cast<uint32_t>(half_of_float(second)) << 16;
+}
+inline uint32_t bfloat16s_of_floats(float first, float second) {
+  return bfloat16_of_float(first) | static_cast<uint32_t>(bfloat16_of_float(second)) << 16;
+}
+
+inline float larger(float a, float b) { return __builtin_fmaxf(a, b); }
 
 // A GPU ends the context at a wide access to another address; a CPU would not mind.
 void expect_aligned(const void* at, int bytes);

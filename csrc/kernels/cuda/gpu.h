@@ -17,6 +17,8 @@
 #define FUSEDLOSS_DEVICE __device__ __forceinline__
 // A kernel for blocks of exactly so many threads.
 #define FUSEDLOSS_KERNEL(threads) __global__ void __launch_bounds__(threads)
+// Likewise, of which so many at least shall have room on a multiprocessor.
+#define FUSEDLOSS_KERNEL_FOR(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 // Before a loop with a constant number of turns, so that arrays indexed by its counter stay in registers.
 #define FUSEDLOSS_UNROLL _Pragma("unroll")
 // Before any loop: so many turns at once, for loads that do not wait for each other; 1 for code that stays small.
@@ -81,10 +83,22 @@ FUSEDLOSS_DEVICE void wait_for_copies() {
 #endif
 }
 
+// The larger; where one is NaN, the other.
+FUSEDLOSS_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+
 // Half-width numbers by the hardware's conversions.
 FUSEDLOSS_DEVICE float float_of_half(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 FUSEDLOSS_DEVICE uint16_t half_of_float(float value) { return __half_as_ushort(__float2half_rn(value)); }
 FUSEDLOSS_DEVICE uint16_t bfloat16_of_float(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+// Two at once, by one instruction; the first in the lower half.
+FUSEDLOSS_DEVICE uint32_t halves_of_floats(float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+FUSEDLOSS_DEVICE uint32_t bfloat16s_of_floats(float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
 
 // On a GPU the hardware sees to it; the tests' machine does here.
 FUSEDLOSS_DEVICE void expect_aligned(const void*, int) {}
@@ -96,6 +110,8 @@ FUSEDLOSS_DEVICE void store_streaming(V* at, const V& value) {
     __stcs(reinterpret_cast<uint4*>(at), *reinterpret_cast<const uint4*>(&value));
   } else if constexpr (sizeof(V) == 8) {
     __stcs(reinterpret_cast<uint2*>(at), *reinterpret_cast<const uint2*>(&value));
+  } else if constexpr (sizeof(V) == 4) {
+    __stcs(reinterpret_cast<unsigned*>(at), *reinterpret_cast<const unsigned*>(&value));
   } else {
     *at = value;
   }

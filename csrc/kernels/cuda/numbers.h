@@ -1,6 +1,8 @@
 // Numbers of every dtype in memory, as the compute type in registers; and vectors of neighbors in one access.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/cuda/gpu.h"
 #include "kernels/dtype.h"
 
@@ -52,6 +54,21 @@ template <class T, int kCount>
 FUSEDLOSS_DEVICE void store_pack(T* at, const Pack<T, kCount>& pack) {
   gpu::expect_aligned(at, sizeof(pack));
   *reinterpret_cast<Pack<T, kCount>*>(at) = pack;
+}
+
+// Two neighbors from two numbers.
+template <class T>
+FUSEDLOSS_DEVICE Pack<T, 2> pair_from_compute(float first, float second) {
+  Pack<T, 2> pair;
+  if constexpr (std::is_same_v<T, float>) {
+    pair.values[0] = first;
+    pair.values[1] = second;
+  } else {
+    const uint32_t bits =
+        std::is_same_v<T, Float16> ? gpu::halves_of_floats(first, second) : gpu::bfloat16s_of_floats(first, second);
+    __builtin_memcpy(&pair, &bits, sizeof(pair));
+  }
+  return pair;
 }
 
 // Element i of an array of any floating dtype, or of a mask (0 or 1). A: float or double.

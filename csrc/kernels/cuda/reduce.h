@@ -25,4 +25,20 @@ FUSEDLOSS_DEVICE double block_sum(double value, double* shared) {
   return sum;
 }
 
+// Sums of several numbers at once, to out. shared: (kCount, warps); as above.
+template <int kCount>
+FUSEDLOSS_DEVICE void block_sums(const double (&values)[kCount], double* shared, double* out) {
+  const int warps = gpu::block_threads() / gpu::kWarp;
+  gpu::sync_block();  // whatever was in `shared` has been read
+  for (int k = 0; k < kCount; ++k) {
+    const double sum = warp_sum(values[k]);
+    if (gpu::thread() % gpu::kWarp == 0) shared[k * warps + gpu::thread() / gpu::kWarp] = sum;
+  }
+  gpu::sync_block();
+  if (gpu::thread() >= kCount) return;
+  double sum = 0.0;
+  for (int warp = 0; warp < warps; ++warp) sum += shared[gpu::thread() * warps + warp];
+  out[gpu::thread()] = sum;
+}
+
 }  // namespace fusedloss::cuda

@@ -1,6 +1,7 @@
 // The forward visit to the logits: sums of every chunk, and what the backward needs of every pixel.
 #include "kernels/cuda/reduce.h"
 #include "kernels/cuda/segmentation_pixels.h"
+#include "kernels/cuda/segmentation_plain.h"
 #include "kernels/cuda/segmentation_rows.h"
 
 namespace fusedloss::cuda {
@@ -44,6 +45,8 @@ struct Accumulators {
     }
   }
 };
+
+constexpr int64_t kSumsBytes = kPartialSums * kWarps * sizeof(double);
 
 // Sums of a thread over its pixels of a chunk.
 template <class A>
@@ -226,12 +229,12 @@ FUSEDLOSS_KERNEL(kThreads)
 forward_kernel(FUSEDLOSS_ARGUMENT ForwardParams params, int64_t tile_bytes, bool by_thread) {
   using A = ComputeType<T>;
   char* shared = gpu::shared_memory();
-  double* for_sums = reinterpret_cast<double*>(shared);  // (warps)
-  T* tile = reinterpret_cast<T*>(shared + kWarps * sizeof(double));
+  double* for_sums = reinterpret_cast<double*>(shared);  // (partial sums, warps)
+  T* tile = reinterpret_cast<T*>(shared + kSumsBytes);
   Accumulators<A> accumulators{nullptr, params.classes, by_thread};
   if (params.overlap) {
     accumulators.at = params.accumulators == nullptr
-                          ? reinterpret_cast<A*>(shared + kWarps * sizeof(double) + tile_bytes)
+                          ? reinterpret_cast<A*>(shared + kSumsBytes + tile_bytes)
                           : static_cast<A*>(params.accumulators) + gpu::block() * 3 * params.classes * kWarps;
     accumulators.clear();
   }
@@ -274,16 +277,11 @@ forward_kernel(FUSEDLOSS_ARGUMENT ForwardParams params, int64_t tile_bytes, bool
     }
   }
   if (params.overlap) accumulators.write(params.tables + gpu::block() * 3 * params.classes);
-  const double of_chunk[kPartialSums] = {
-      block_sum(static_cast<double>(sums.cross_entropy), for_sums),
-      block_sum(static_cast<double>(sums.label_weight), for_sums),
-      block_sum(static_cast<double>(sums.squared_error), for_sums),
-      block_sum(static_cast<double>(sums.pixel_weight), for_sums),
-      block_sum(static_cast<double>(sums.bad_labels), for_sums),
-  };
-  if (gpu::thread() == 0) {
-    for (int k = 0; k < kPartialSums; ++k) params.partials[gpu::block() * kPartialSums + k] = of_chunk[k];
-  }
+  const double of_chunk[kPartialSums] = {static_cast<double>(sums.cross_entropy),
+                                         static_cast<double>(sums.label_weight),
+                                         static_cast<double>(sums.squared_error),
+                                         static_cast<double>(sums.pixel_weight), static_cast<double>(sums.bad_labels)};
+  block_sums(of_chunk, for_sums, params.partials + gpu::block() * kPartialSums);
 }
 
 int64_t compute_bytes(const SegmentationParams& params) { return params.input_dtype == DType::kFloat64 ? 8 : 4; }
@@ -337,8 +335,10 @@ int64_t segmentation_accumulator_bytes(const ForwardParams& params) {
 int segmentation_forward(const ForwardParams& params, void* stream) {
   if (params.chunks.count == 0) return 0;
   if (takes_rows(params)) return forward_rows(params, stream);
+  const PlainPlan plain = plain_plan(params, nullptr);
+  if (plain.taken) return forward_plain(params, plain, stream);
   const AccumulatorPlan sums = accumulator_plan(params);
-  const int64_t other = static_cast<int64_t>(kWarps * sizeof(double)) + sums.shared_bytes;
+  const int64_t other = kSumsBytes + sums.shared_bytes;
   const Plan plan = plan_of(params, other, false, nullptr);
   return with_kernel(params, plan, [&](auto type, auto vector, auto tile, auto softmax) {
     using T = typename decltype(type)::Type;

@@ -118,8 +118,8 @@ template <class T, int kTeam, RowLabels kLabels>
 FUSEDLOSS_KERNEL(kRowThreads)
 forward_rows_kernel(FUSEDLOSS_ARGUMENT ForwardParams params) {
   using A = ComputeType<T>;
-  double* for_sums = reinterpret_cast<double*>(gpu::shared_memory());          // (warps)
-  RowSums<A>* of_warps = reinterpret_cast<RowSums<A>*>(for_sums + kRowWarps);  // (warps)
+  double* for_sums = reinterpret_cast<double*>(gpu::shared_memory());                         // (partial sums, warps)
+  RowSums<A>* of_warps = reinterpret_cast<RowSums<A>*>(for_sums + kPartialSums * kRowWarps);  // (warps)
   const ChunkPlace chunk = chunk_place(params, params.chunks, gpu::block());
   const int lane = gpu::thread() % kTeam;
   const RowSetting<A, kLabels> setting(params, for_sums);
@@ -180,11 +180,8 @@ forward_rows_kernel(FUSEDLOSS_ARGUMENT ForwardParams params) {
       store_number<A>(params.cross_entropy_of_pixels, params.cross_entropy_dtype, flat, state.bad ? nan : value);
     }
   }
-  const double of_chunk[kPartialSums] = {block_sum(cross_entropy, for_sums), block_sum(label_weight, for_sums), 0.0,
-                                         block_sum(pixel_weight, for_sums), block_sum(bad_labels, for_sums)};
-  if (gpu::thread() == 0) {
-    for (int k = 0; k < kPartialSums; ++k) params.partials[gpu::block() * kPartialSums + k] = of_chunk[k];
-  }
+  const double of_chunk[kPartialSums] = {cross_entropy, label_weight, 0.0, pixel_weight, bad_labels};
+  block_sums(of_chunk, for_sums, params.partials + gpu::block() * kPartialSums);
 }
 
 template <class T, int kTeam, RowLabels kLabels>
@@ -273,8 +270,8 @@ int forward_rows(const ForwardParams& params, void* stream) {
   return with_row_kernel(params, [&](auto type, auto team, auto labels) {
     using T = typename decltype(type)::Type;
     return gpu::launch(forward_rows_kernel<T, team(), labels()>, params.chunks.count, kRowThreads,
-                       kRowWarps * (sizeof(double) + sizeof(RowSums<ComputeType<T>>)), static_cast<gpu::Stream>(stream),
-                       params);
+                       kRowWarps * (kPartialSums * sizeof(double) + sizeof(RowSums<ComputeType<T>>)),
+                       static_cast<gpu::Stream>(stream), params);
   });
 }
 
