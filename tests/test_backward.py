@@ -4,9 +4,18 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .compare import check, evaluate, random_like
-from .registry import REDUCTIONS, each_case, each_dtype, each_reduction, without_weight
+from .registry import (
+    OVERLAP_STATISTICS,
+    REDUCTIONS,
+    each_case,
+    each_dtype,
+    each_reduction,
+    each_typical_case,
+    without_weight,
+)
 from .tolerance import assert_no_worse
 
 
@@ -116,6 +125,63 @@ def test_zero_incoming_gradient(case, device):
         _, gradients = evaluate(case.loss.function, plain, plain.differentiable, torch.zeros(shape, device=device))
         for name, gradient in gradients.items():
             assert gradient.count_nonzero() == 0, (reduction, name)
+
+
+class SendsNothing(torch.autograd.Function):
+    """Its input, to which it gives no gradient back."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return None
+
+
+@pytest.mark.parametrize("create_graph", [False, True], ids=["once", "create_graph"])
+@each_reduction
+@each_typical_case
+def test_no_incoming_gradient(case, reduction, create_graph, device):
+    """Nothing comes in and nothing goes out, as with PyTorch's own losses; the graph still gives the right gradient."""
+    plain = case.make(torch.float32, device, reduction)
+    _, expected = evaluate(case.loss.function, plain, plain.differentiable)
+    call = plain.requiring_grad(plain.differentiable)
+    leaves = [call.tensors[name] for name in plain.differentiable]
+    value = call.run(case.loss.function)
+    ends = SendsNothing.apply(value).sum()
+    options = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True}
+    assert torch.autograd.grad(ends, leaves, **options) == (None,) * len(leaves)
+    gradients = torch.autograd.grad(value, leaves, random_like(value))
+    for name, gradient in zip(plain.differentiable, gradients, strict=True):
+        assert torch.equal(gradient, expected[name]), name
+
+
+class Operations(TorchDispatchMode):
+    """Notes the name of each operation that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.append(operation._schema.name)
+        return operation(*args, **(kwargs or {}))
+
+
+@each_reduction
+@each_typical_case
+def test_backward_is_one_operation(case, reduction, device):
+    """Nothing is filled for a second result that has no gradient: on a GPU that would be one launch more."""
+    if case.loss is OVERLAP_STATISTICS or case.name.startswith("broadcast"):
+        pytest.skip("has operations of PyTorch around ours")
+    call = case.make(torch.float32, device, reduction).requiring_grad(["input"])
+    value = call.run(case.loss.function)
+    grad_output = random_like(value)
+    with Operations() as operations:
+        torch.autograd.grad(value, call.tensors["input"], grad_output)
+    (name,) = operations.names
+    assert name.startswith("fusedloss::")
 
 
 @each_case

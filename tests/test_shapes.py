@@ -19,6 +19,7 @@ from .registry import (
     probabilities,
 )
 from .test_layouts import check_in_layout, offset
+from .tolerance import COMPUTE_ROUNDINGS, compute_dtype
 
 # Every count below two blocks of the widest kernels, then around powers of two: lanes, blocks, tiles, chunks.
 PIXELS = (*range(1, 71), 127, 128, 129, 255, 256, 257, 511, 513, 1023, 1024, 1025)
@@ -295,6 +296,18 @@ def test_overlap_of_images_of_many_chunks(classes, threads, device):
         check(OVERLAP_STATISTICS, on_pixels(input, labels, per_image=per_image), with_torch=False)
 
 
+def off_the_kink(labels, p):
+    """The labels, but those halved that ``p`` (float64) meets to within the error that a kernel's p may have.
+
+    min(p, y) has no derivative at p = y. So close to it, one rounding of p decides which of the two one-sided ones
+    comes out, and each device and instruction-set level has roundings of its own. Moved, nothing is left uncompared.
+    """
+    error = COMPUTE_ROUNDINGS * torch.finfo(compute_dtype(labels.dtype)).eps * p
+    meets = (p - labels.double()).abs() <= error
+    assert meets.sum() <= labels.numel() // 100_000, "so many do not meet by chance"
+    return torch.where(meets, labels / 2, labels)
+
+
 @pytest.mark.parametrize("activation", ["sigmoid", "none"])
 @pytest.mark.parametrize("classes", [1, 3])
 @each_dtype(torch.float32, torch.bfloat16)
@@ -303,6 +316,8 @@ def test_probabilities_of_many_chunks(dtype, classes, activation, threads, devic
     threads(2)
     m = Maker(dtype, device)
     input, labels = m.normal(2, classes, 301, 173), m.probabilities(2, 3, 301, 173)[:, :classes].contiguous()
+    if activation == "sigmoid":  # else p is the input itself, and where it is a label, a tie that every kernel sees
+        labels = off_the_kink(labels, input.double().sigmoid())
     for per_image in (False, True):
         for intersection in ("min", "product"):
             call = on_pixels(input, labels, activation=activation, per_image=per_image, intersection=intersection)

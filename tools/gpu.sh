@@ -2,7 +2,7 @@
 # Everything that a GPU is needed for, in one go and without a network: build for this machine's GPU, tests, sanitizer,
 # benchmarks. Goes on after a failure, says at the end what failed, and leaves its logs in a folder.
 #
-#   tools/gpu.sh [build] [tests] [sanitizer] [benchmarks]      default: all; OUT=folder for logs and results
+#   tools/gpu.sh [build] [tests] [compile] [sanitizer] [benchmarks]      default: all; OUT=folder for logs and results
 #
 # Needs nvcc, and in $PYTHON's environment torch for CUDA, scikit-build-core, pybind11, pytest, pytest-xdist,
 # hypothesis, numpy and rich.
@@ -18,6 +18,9 @@ SITE=${SITE:-${TMPDIR:-/tmp}/fusedloss-gpu-site}
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 export PYTHONPATH="$SITE"
+# What else the machine has installed may bring plugins for pytest whose warnings are errors here: only those that are
+# named are loaded.
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 failed=
 
 # stage NAME COMMAND...: output to a log, of which the end is shown.
@@ -37,6 +40,16 @@ build() {
   "$PYTHON" -c 'import fusedloss; print(fusedloss.show_config())'
 }
 
+run_tests() {
+  "$PYTHON" -m pytest -q -p no:cacheprovider -p xdist.plugin -p _hypothesis_pytestplugin --dist worksteal "$@"
+}
+
+# Every worker compiles by itself: else each of them starts as many processes for it as there are cores.
+run_tests_of_compile() (
+  export TORCHINDUCTOR_COMPILE_THREADS=1
+  run_tests -n 16 -m "gpu and compile" tests
+)
+
 # A selection: the sanitizer makes everything a hundred times slower. Each tool looks for something else.
 sanitize() {
   command -v compute-sanitizer || { echo "compute-sanitizer is not installed"; return 1; }
@@ -49,19 +62,21 @@ sanitize() {
   return $status
 }
 
-for part in ${*:-build tests sanitizer benchmarks}; do
+for part in ${*:-build tests compile sanitizer benchmarks}; do
   case $part in
     build) LINES_SHOWN=8 stage build build ;;
     tests)
-      stage tests-of-cuda "$PYTHON" -m pytest -q -p no:cacheprovider -n 4 tests/test_cuda.py
-      stage tests-of-the-device "$PYTHON" -m pytest -q -p no:cacheprovider -n 8 -m "not compile" -k "cuda" tests
+      # Fewer at once: they fill the device's memory, and keep it busy.
+      stage tests-of-cuda run_tests -n 6 tests/test_cuda.py
+      stage tests-of-the-device run_tests -n 16 -m "gpu and not compile" --ignore=tests/test_cuda.py tests
       ;;
+    compile) stage tests-of-compile run_tests_of_compile ;;
     sanitizer) stage sanitizer sanitize ;;
     benchmarks)
       LINES_SHOWN=70 stage benchmarks "$PYTHON" -m benchmarks --device cuda --passes both --check \
         --output "$OUT/gpu.csv"
       ;;
-    *) echo "tools/gpu.sh: no part is called $part: build, tests, sanitizer, benchmarks" >&2; exit 2 ;;
+    *) echo "tools/gpu.sh: no part is called $part: build, tests, compile, sanitizer, benchmarks" >&2; exit 2 ;;
   esac
 done
 [ -z "$failed" ] || { echo "failed:$failed"; exit 1; }

@@ -114,6 +114,8 @@ class _Function(torch.autograd.Function):
     ) -> Value:
         ctx.loss = loss
         ctx.options = options
+        # Or each backward fills zeros for a second result, which has no gradient: on a GPU one launch more.
+        ctx.set_materialize_grads(False)
         if (
             eager
             and ctx.needs_input_grad == _ONLY_INPUT
@@ -127,12 +129,11 @@ class _Function(torch.autograd.Function):
             ctx.save_for_backward(*tensors, statistics)
         if type(result) is tuple:
             ctx.mark_non_differentiable(result[1])
-            ctx.set_materialize_grads(False)  # or each backward fills zeros for what has no gradient: one launch more
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
-        if grad is None:
+        if grad is None:  # nothing comes, so nothing goes on, as with torch's own losses
             return *_NONES, *(None for _ in ctx.needs_input_grad[_LOSS_ARGUMENTS:])
         return *_NONES, *_Function.gradients(ctx, grad, ctx.needs_input_grad[_LOSS_ARGUMENTS:])
 
