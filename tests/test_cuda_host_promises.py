@@ -46,8 +46,8 @@ LARGE = " and ".join(
 PROMISES = [
     ("test_forward.py", ""),
     ("test_backward.py", ""),
-    # Half of its time, for which test_forward.py and test_backward.py have every case in float64, and test_dtypes.py in
-    # float16, which has bfloat16's kernels but for a conversion.
+    # Half of its time. test_forward.py and test_backward.py have every case in float64, test_dtypes.py in both halves,
+    # and test_classes_of_warps has the classes in bfloat16.
     (
         "test_shapes.py",
         LARGE + " and not 1000 and not 5000 and not 150 and not float64 and (not float16 or bfloat16)",

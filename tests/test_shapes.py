@@ -73,6 +73,20 @@ def test_class_counts(dtype, classes, layout, device):
         check(CROSS_ENTROPY, everything, what=f"{pixels} pixels, everything", scale=scale)
 
 
+@pytest.mark.parametrize("layout", ["planes", "channels_last"])
+@pytest.mark.parametrize("classes", [16, 17, 24, 25, 48, 49, 96, 97, 192, 193])
+@each_dtype(torch.float32, torch.bfloat16)
+def test_classes_of_warps(dtype, classes, layout, device):
+    """On CUDA a warp has up to 24 classes, and one, two, four or eight warps share the pixels."""
+    for pixels in (2, 64, 130):
+        m = Maker(dtype, device, seed=pixels)
+        input = logits(m, layout, 2, classes, pixels)
+        labels = m.labels(classes, *pixels_of(input), ignored=-100)
+        for weight, per_image in ((None, False), (m.positive(classes), True)):
+            call = on_pixels(input, labels, weight, brier=0.5, per_image=per_image)
+            check(SEGMENTATION_LOSS, call, with_torch=False, what=f"{pixels} pixels, per_image={per_image}")
+
+
 @pytest.mark.parametrize("layout", ["planes", "rows", "channels_last"])
 @pytest.mark.parametrize("classes", [1, 2, 3, 16, 17, 33, 150])
 @each_dtype(torch.float64, torch.float32, torch.bfloat16)

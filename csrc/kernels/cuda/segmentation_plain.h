@@ -32,24 +32,28 @@ struct PlainPlan {
   int team;              // warps that share pixels: 1, 2, 4 or 8
   int classes_of_warp;   // the last of a team may have fewer
   int64_t tile_bytes;    // of shared memory for logits in rows
-  int64_t shared_bytes;  // of the forward, the larger of the two
+  int64_t shared_bytes;  // of the pass in hand, that tile included
 };
 
 // Pixels that a block works on at once.
 FUSEDLOSS_HOST_DEVICE int plain_tile_pixels(int team) { return kPlainWarps / team * kTeamPixels; }
 
+// Of shared memory, for what teams exchange: two of these in turn, so that one barrier a tile is enough.
+inline int64_t plain_exchange_bytes(int team, int64_t bytes_of_pixel) {
+  return team > 1 ? 2 * kPlainWarps * kTeamPixels * bytes_of_pixel : 0;
+}
+
 // Shared memory of the forward: sums of a block, what teams exchange, and (2, C, slots + 1) I and T.
 inline int64_t plain_forward_bytes(int64_t classes, int team, bool overlap) {
   const int64_t slots = kPlainThreads / team;
   return static_cast<int64_t>(kPlainWarps * kPartialSums * sizeof(double)) +
-         (team > 1 ? 2 * kPlainWarps * kTeamPixels * static_cast<int64_t>(2 * sizeof(float)) : 0) +
+         plain_exchange_bytes(team, 2 * sizeof(float)) +
          (overlap ? 2 * classes * (slots + 1) * static_cast<int64_t>(sizeof(float)) : 0);
 }
 
 // Of the backward: what teams exchange, and (3, C) numbers of the classes.
 inline int64_t plain_backward_bytes(int64_t classes, int team) {
-  return 2 * kPlainWarps * kTeamPixels * static_cast<int64_t>(sizeof(float)) +
-         3 * classes * static_cast<int64_t>(sizeof(float));
+  return plain_exchange_bytes(team, sizeof(float)) + 3 * classes * static_cast<int64_t>(sizeof(float));
 }
 
 // gradient: nullptr in the forward.
@@ -225,14 +229,13 @@ int with_plain_kernel(const SegmentationParams& params, const PlainPlan& plan, F
     return plan.classes_of_warp <= kFewPlainClasses ? with_terms(type, Few{}, std::false_type{})
                                                     : with_terms(type, Many{}, std::false_type{});
   };
-  switch (params.input_dtype) {
-    case DType::kFloat32:
-      return with_classes(TypeName<float>{});
-    case DType::kFloat16:
-      return with_classes(TypeName<Float16>{});
-    default:
-      return with_classes(TypeName<BFloat16>{});
-  }
+  return with_type(params.input_dtype, [&](auto type) {
+    if constexpr (std::is_same_v<typename decltype(type)::Type, double>) {
+      return 0;  // plain_plan() takes none
+    } else {
+      return with_classes(type);
+    }
+  });
 }
 
 int forward_plain(const ForwardParams& params, const PlainPlan& plan, void* stream);

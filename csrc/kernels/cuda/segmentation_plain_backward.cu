@@ -17,10 +17,11 @@ backward_plain_kernel(FUSEDLOSS_ARGUMENT BackwardParams params, FUSEDLOSS_ARGUME
   char* shared = gpu::shared_memory();
   T* tile = reinterpret_cast<T*>(shared);  // (tile_pixels, C), rows only
   shared += plan.tile_bytes;
-  float* exchange = reinterpret_cast<float*>(shared);                // (2, warps, pixels), teams only
-  float* d_intersection = exchange + 2 * kPlainWarps * kTeamPixels;  // (C)
-  float* d_predicted = d_intersection + classes;                     // (C)
-  float* weights = d_predicted + classes;                            // (C)
+  float* exchange = reinterpret_cast<float*>(shared);  // (2, warps, pixels), teams only
+  if (kTeams) shared += 2 * kPlainWarps * kTeamPixels * sizeof(float);
+  float* d_intersection = reinterpret_cast<float*>(shared);  // (C)
+  float* d_predicted = d_intersection + classes;             // (C)
+  float* weights = d_predicted + classes;                    // (C)
 
   // The last chunk first: the end of what the forward has read is still in the cache.
   const ChunkPlace chunk = chunk_place(params, params.chunks, params.chunks.count - 1 - gpu::block());
@@ -135,7 +136,7 @@ backward_plain_kernel(FUSEDLOSS_ARGUMENT BackwardParams params, FUSEDLOSS_ARGUME
       }
       terms[v] = math::index_label_terms<float>({1.0f, 0.0f}, m, of_cross_entropy[v], w, 0.0f, dot[v], share);
     }
-    if (place.rows) gpu::sync_block();  // the labels' logits have been read where gradients go
+    // In rows a gradient takes the place of its logit in the tile, which nobody but this thread has read.
     T* to = gradient + tile_first + place.pixel(0) + place.first * params.gradient_layout.class_stride;
     const uint32_t to_stride = static_cast<uint32_t>(params.gradient_layout.class_stride);
     // Exactly 0 without weight, NaN where the label is bad: asked for all lanes at once, because most need neither.

@@ -10,22 +10,26 @@ struct MaximumAndSum {
   float sum;
 };
 
+// Blocks of a multiprocessor: two leave a thread 128 registers, into which the statistics of teams do not fit.
+template <bool kStatisticsOfTeams>
+constexpr int kForwardBlocks = kStatisticsOfTeams ? 1 : 2;
+
 // Sums over the block's slots of each class to `table`, (C) of double. slots_of: (C, slots + 1). A warp has a class.
 FUSEDLOSS_DEVICE void write_sums(double* table, const float* slots_of, int classes, int slots) {
   const int lane = gpu::thread() % gpu::kWarp;
   for (int c = gpu::thread() / gpu::kWarp; c < classes; c += kPlainWarps) {
     double sum = 0.0;
-    for (int slot = lane; slot < slots; slot += gpu::kWarp)
+    for (int slot = lane; slot < slots; slot += gpu::kWarp) {
       sum += static_cast<double>(slots_of[c * (slots + 1) + slot]);
+    }
     sum = warp_sum(sum);
     if (lane == 0) table[c] = sum;
   }
 }
 
 template <class T, int kClasses, bool kTeams, bool kProbabilities>
-// With teams the statistics do not fit into 128 registers, which is what two blocks leave a thread.
-FUSEDLOSS_KERNEL_FOR(kPlainThreads, (kTeams && kProbabilities ? 1 : 2))
-    forward_plain_kernel(FUSEDLOSS_ARGUMENT ForwardParams params, FUSEDLOSS_ARGUMENT PlainPlan plan) {
+FUSEDLOSS_KERNEL_FOR(kPlainThreads, kForwardBlocks<kTeams && kProbabilities>)
+forward_plain_kernel(FUSEDLOSS_ARGUMENT ForwardParams params, FUSEDLOSS_ARGUMENT PlainPlan plan) {
   constexpr int V = kPlainVector;
   const PlainPlace<kTeams> place(plan, params.classes);
   const int classes = static_cast<int>(params.classes);
