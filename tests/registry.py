@@ -506,6 +506,11 @@ each_typical_case = pytest.mark.parametrize(
 first_cases = pytest.mark.parametrize(
     "case", [pytest.param(Case(loss, loss.typical[0]), id=f"{loss.name}-{loss.typical[0]}") for loss in LOSSES]
 )
+# Dice and Tversky are the soft IoU with other numbers, and the Brier score is a term of the segmentation loss.
+FORMULAS = tuple(loss for loss in LOSSES if loss not in (DICE_LOSS, TVERSKY_LOSS, BRIER_LOSS))
+each_formula = pytest.mark.parametrize(
+    "case", [pytest.param(Case(loss, loss.typical[0]), id=f"{loss.name}-{loss.typical[0]}") for loss in FORMULAS]
+)
 each_case = pytest.mark.parametrize(
     "case", [pytest.param(Case(loss, name), id=f"{loss.name}-{name}") for loss in LOSSES for name in loss.cases]
 )

@@ -6,6 +6,7 @@ import torch
 import fusedloss
 
 from .compare import check
+from .conftest import CUDA_ON_HOST
 from .registry import (
     CROSS_ENTROPY,
     MSE_LOSS,
@@ -23,6 +24,8 @@ from .tolerance import COMPUTE_ROUNDINGS, compute_dtype
 
 # Every count below two blocks of the widest kernels, then around powers of two: lanes, blocks, tiles, chunks.
 PIXELS = (*range(1, 71), 127, 128, 129, 255, 256, 257, 511, 513, 1023, 1024, 1025)
+if CUDA_ON_HOST:  # which plays a GPU's threads one by one: its vectors, warps and blocks, and what lies beside them
+    PIXELS = (*range(1, 10), 16, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 513, 1023, 1025)
 FEW_PIXELS = (1, 3, 4, 15, 16, 17, 33, 64, 65, 129, 257)
 # Below, at and above a vector of each width; many classes; more than one visit's worth of them.
 CLASSES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 21, 31, 32, 33, 63, 64, 65, 150, 1000)

@@ -1,5 +1,7 @@
 // From the sums of the chunks to the loss and to what the backward needs: one block, in an order that is always the
 // same, in double.
+#include <algorithm>
+
 #include "kernels/cuda/numbers.h"
 #include "kernels/cuda/reduce.h"
 #include "kernels/cuda/segmentation.h"
@@ -7,14 +9,17 @@
 namespace fusedloss::cuda {
 namespace {
 
-constexpr int kFinishThreads = 1024;
-constexpr int kFinishWarps = kFinishThreads / gpu::kWarp;
+// Of a block, where there is something for each, or else of a small one, whose barriers are cheaper.
+constexpr int kMostThreads = 1024;
+constexpr int kFewThreads = 128;
 
+FUSEDLOSS_DEVICE int warps() { return gpu::block_threads() / gpu::kWarp; }
 FUSEDLOSS_DEVICE double not_a_number() { return __builtin_nan(""); }
 
 struct Finish {
   const FinishParams& params;
   double* shared;  // (threads)
+  double* totals;  // (kPartialSums), in shared memory
   int64_t size;    // G C
   int64_t chunks_of_group;
 
@@ -51,16 +56,17 @@ struct Finish {
     return params.zero_without_pixels && denominator == 0.0 ? 0.0 : numerator / denominator;
   }
 
-  // One of the partial sums over all chunks.
-  FUSEDLOSS_DEVICE double sum_of_chunks(PartialSum k) const {
-    double sum = 0.0;
-    for (int64_t i = gpu::thread(); i < params.chunks.count; i += kFinishThreads) {
-      sum += params.partials[i * kPartialSums + k];
+  // The partial sums over all chunks. After the next barrier they are there.
+  FUSEDLOSS_DEVICE void add_partials() const {
+    double sums[kPartialSums] = {};
+    for (int64_t i = gpu::thread(); i < params.chunks.count; i += gpu::block_threads()) {
+      FUSEDLOSS_UNROLL
+      for (int k = 0; k < kPartialSums; ++k) sums[k] += params.partials[i * kPartialSums + k];
     }
-    return block_sum(sum, shared);
+    block_sums(sums, shared, totals);
   }
 
-  // Likewise over a group's, for all lanes of a warp.
+  // One of them over a group's chunks, for all lanes of a warp.
   FUSEDLOSS_DEVICE double sum_of_group(PartialSum k, int64_t g) const {
     double sum = 0.0;
     for (int64_t i = gpu::thread() % gpu::kWarp; i < chunks_of_group; i += gpu::kWarp) {
@@ -72,10 +78,11 @@ struct Finish {
   // Few numbers of many chunks, as of a batch that is one group, would be a few threads that wait for memory: then
   // several share a number, and each takes every so many-th chunk.
   FUSEDLOSS_DEVICE void add_tables() const {
+    const int64_t threads = gpu::block_threads();
     const int64_t numbers = 3 * size;
-    int64_t sharing = numbers == 0 ? 1 : kFinishThreads / numbers;
+    int64_t sharing = numbers == 0 ? 1 : threads / numbers;
     if (sharing < 1) sharing = 1;
-    const int64_t at_once = sharing > 1 ? numbers : kFinishThreads;
+    const int64_t at_once = sharing > 1 ? numbers : threads;
     const int64_t part = gpu::thread() / at_once;
     for (int64_t first = 0; first < numbers; first += at_once) {
       const int64_t i = first + gpu::thread() % at_once;  // in (3, G, C)
@@ -106,7 +113,7 @@ struct Finish {
   FUSEDLOSS_DEVICE double count_groups() const {
     double counting = 0.0;
     const int lane = gpu::thread() % gpu::kWarp;
-    for (int64_t g = gpu::thread() / gpu::kWarp; g < params.groups; g += kFinishWarps) {
+    for (int64_t g = gpu::thread() / gpu::kWarp; g < params.groups; g += warps()) {
       double weights = 0.0;
       bool any = false;
       for (int64_t c = lane; c < params.classes; c += gpu::kWarp) {
@@ -125,7 +132,7 @@ struct Finish {
 
   // Losses, and the derivatives of the value, of each group and class.
   FUSEDLOSS_DEVICE void fill_losses(double counting_groups) const {
-    for (int64_t i = gpu::thread(); i < size; i += kFinishThreads) {
+    for (int64_t i = gpu::thread(); i < size; i += gpu::block_threads()) {
       const int64_t g = i / params.classes;
       const int64_t c = i % params.classes;
       const bool counting = counts(g, c);
@@ -154,12 +161,12 @@ struct Finish {
   }
 
   FUSEDLOSS_DEVICE void write_statistics() const {
-    for (int64_t i = gpu::thread(); i < 3 * size; i += kFinishThreads) {
+    for (int64_t i = gpu::thread(); i < 3 * size; i += gpu::block_threads()) {
       store_number<double>(params.value, params.value_dtype, i, params.overlap ? params.sums[i] : 0.0);
       if (params.table_gradients != nullptr) store(params.table_gradients, i, 1.0);
     }
     if (params.output != Output::kSums) return;
-    for (int64_t g = gpu::thread(); g < params.groups; g += kFinishThreads) {
+    for (int64_t g = gpu::thread(); g < params.groups; g += gpu::block_threads()) {
       store_number<double>(params.value, params.value_dtype, 3 * size + g, weight_of_group(g));
     }
   }
@@ -169,7 +176,7 @@ struct Finish {
     gpu::sync_block();  // the numbers have been written
     const bool statistics = gives_sums(params.output);
     const int64_t row = statistics ? params.classes : params.chosen.count;
-    for (int64_t g = gpu::thread() / gpu::kWarp; g < params.groups; g += kFinishWarps) {
+    for (int64_t g = gpu::thread() / gpu::kWarp; g < params.groups; g += warps()) {
       if (sum_of_group(kBadLabels, g) == 0.0) continue;
       for (int64_t k = 0; k < (statistics ? 3 : 1); ++k) {
         for (int64_t c = gpu::thread() % gpu::kWarp; c < row; c += gpu::kWarp) {
@@ -180,17 +187,19 @@ struct Finish {
   }
 };
 
-FUSEDLOSS_KERNEL(kFinishThreads) finish_kernel(FUSEDLOSS_ARGUMENT FinishParams params) {
-  const Finish finish{params, reinterpret_cast<double*>(gpu::shared_memory()), params.groups * params.classes,
+FUSEDLOSS_KERNEL(kMostThreads) finish_kernel(FUSEDLOSS_ARGUMENT FinishParams params) {
+  double* const shared = reinterpret_cast<double*>(gpu::shared_memory());
+  const Finish finish{params, shared, shared + gpu::block_threads(), params.groups * params.classes,
                       params.groups > 0 ? params.chunks.count / params.groups : 0};
-  for (int64_t g = gpu::thread() / gpu::kWarp; g < params.groups; g += kFinishWarps) {
+  for (int64_t g = gpu::thread() / gpu::kWarp; g < params.groups; g += warps()) {
     const double weight = finish.sum_of_group(kPixelWeight, g);
     if (gpu::thread() % gpu::kWarp == 0) finish.weight_of_group(g) = weight;
   }
   if (params.overlap && params.tables != nullptr) finish.add_tables();
+  finish.add_partials();
   gpu::sync_block();
-  const double pixel_weight = finish.sum_of_chunks(kPixelWeight);
-  const bool bad = finish.sum_of_chunks(kBadLabels) != 0.0;
+  const double pixel_weight = finish.totals[kPixelWeight];
+  const bool bad = finish.totals[kBadLabels] != 0.0;
 
   double overlap = 0.0;
   if (gives_sums(params.output)) {
@@ -198,16 +207,16 @@ FUSEDLOSS_KERNEL(kFinishThreads) finish_kernel(FUSEDLOSS_ARGUMENT FinishParams p
   } else if (params.overlap) {
     finish.fill_losses(finish.count_groups());
     gpu::sync_block();
-    for (int64_t i = gpu::thread(); i < finish.size; i += kFinishThreads) overlap += params.losses[i];
+    for (int64_t i = gpu::thread(); i < finish.size; i += gpu::block_threads()) overlap += params.losses[i];
     overlap = block_sum(overlap, finish.shared);
   }
   const bool many = gives_sums(params.output) || (params.output == Output::kEach && params.overlap);
   if (many && bad && params.value != nullptr) finish.spoil_groups();
 
-  const double cross_entropy = finish.sum_of_chunks(kCrossEntropy);
-  const double squared_error = finish.sum_of_chunks(kSquaredError);
-  const double label_weight = finish.sum_of_chunks(kLabelWeight);
   if (gpu::thread() != 0) return;
+  const double cross_entropy = finish.totals[kCrossEntropy];
+  const double squared_error = finish.totals[kSquaredError];
+  const double label_weight = finish.totals[kLabelWeight];
   if (params.output == Output::kSums) {
     const double sums[3] = {cross_entropy, label_weight, squared_error};
     for (int k = 0; k < 3; ++k) {
@@ -252,7 +261,11 @@ FUSEDLOSS_KERNEL(kFinishThreads) finish_kernel(FUSEDLOSS_ARGUMENT FinishParams p
 }  // namespace
 
 int segmentation_finish(const FinishParams& params, void* stream) {
-  return gpu::launch(finish_kernel, 1, kFinishThreads, kFinishThreads * sizeof(double),
+  // A function of the shape alone, as the order of the sums has to be: chunks, numbers of a table, a warp a group.
+  int64_t wanted = params.chunks.count;
+  if (params.overlap) wanted = std::max({wanted, 3 * params.groups * params.classes, params.groups * gpu::kWarp});
+  const int threads = wanted <= kFewThreads ? kFewThreads : kMostThreads;
+  return gpu::launch(finish_kernel, 1, threads, (threads + kPartialSums) * sizeof(double),
                      static_cast<gpu::Stream>(stream), params);
 }
 
