@@ -53,7 +53,8 @@ def pytest_configure(config):
         "ignore:`torch.jit.script.*:DeprecationWarning",
         # Samples that broadcast are there to broadcast; test_errors checks that the warning comes.
         "ignore:Using a target size:UserWarning",
-        # The profiler of torch 2.10 and 2.11.
+        # torch 2.10 and 2.11: loading an exported program, and the profiler.
+        "ignore:The given buffer is not writable:UserWarning",
         "ignore:.*Profiler clears events:UserWarning",
         # torch's own words while it compiles or exports.
         "ignore::DeprecationWarning:torch.*",

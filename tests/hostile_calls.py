@@ -255,7 +255,12 @@ def compare(name, call):
     # PyTorch rounds to the coarsest dtype on the way (a smoothed label, a sum of weights), ours does not.
     eps = max(torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point())
     ours, our_gradient = value_and_gradient(lambda c: getattr(fusedloss, name)(**c), call)
-    their, their_gradient = value_and_gradient(functools.partial(like_torch, name), call)
+    try:
+        their, their_gradient = value_and_gradient(functools.partial(like_torch, name), call)
+    except RuntimeError as error:
+        if "Found dtype" not in str(error):  # mse_loss of two dtypes has no backward up to torch 2.11
+            raise
+        return None
     scale = 1 + float(their.double().abs().nan_to_num(0, 0, 0).max()) if their.numel() else 1.0
     if not close(ours / scale, their / scale, eps):
         return f"gives {ours.flatten()[:4].tolist()}, torch {their.flatten()[:4].tolist()}"

@@ -40,7 +40,13 @@ VERSION = re.compile(r"\d+(\.\d+)+([+.\w]*)?")
 BINARY = re.compile(r"fusedloss/_C\b[^/]*\.(so|pyd)")
 
 # They test the CUDA sources, which are compiled for the host by other words, and no torch.
-LEFT_OUT = ("tests/test_cuda.py", "tests/test_cuda_host.py", "tests/test_cuda_host_promises.py")
+# benchmark_runs.py holds no test, and needs the extra `bench`.
+LEFT_OUT = (
+    "tests/test_cuda.py",
+    "tests/test_cuda_host.py",
+    "tests/test_cuda_host_promises.py",
+    "tests/benchmark_runs.py",
+)
 # What meets most of torch for its time: every loss with derivatives, dtypes, messages, memory, the dispatcher, and one
 # compilation of each loss.
 QUICK = (

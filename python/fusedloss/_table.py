@@ -45,7 +45,8 @@ def overlap_of(
     i, p, t = (chosen(of_classes, classes) for of_classes in (intersection, predicted, labelled))
     score = (i + smooth) / (i + alpha * (p - i) + beta * (t - i) + smooth).clamp_min(eps)
     loss = -torch.log(score.clamp_min(eps)) if log else 1.0 - score
-    loss = loss.clamp_min(0.0)
+    # Not clamp_min(0.0): at 0, where a perfect prediction is, its derivative is 1 up to torch 2.13 and another in 2.14.
+    loss = torch.where(loss < 0.0, 0.0, loss)
     if gamma != 1.0:
         positive = loss > 0.0  # at 0 the power may have an infinite derivative
         loss = torch.where(positive, torch.where(positive, loss, 1.0) ** gamma, 0.0)
