@@ -31,7 +31,7 @@ def test_backward_of_the_backward(case, reduction, device):
 @each_case
 def test_forward_mode(case, reduction, device):
     function, leaves = function_and_leaves(case, reduction, device)
-    # Along a random direction: along each axis it took ten times as long as all the rest of this file.
+    # Along a random direction: along each axis it took 210 of the 247 s of this file.
     assert gradcheck(function, leaves, check_forward_ad=True, check_backward_ad=False, fast_mode=True)
 
 
