@@ -730,6 +730,20 @@ def test_more_classes_than_are_counted_on_probabilities(name, device):
         call(name, logits, torch.zeros(1, dtype=torch.int64, device=device))
 
 
+@pytest.mark.parametrize(
+    ("argument", "dtype"),
+    [("input", torch.int32), ("input", torch.float8_e4m3fn), ("target", torch.float8_e4m3fn)],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["cross_entropy", *ON_PROBABILITIES])
+def test_float64_on_one_side_makes_no_number_of_the_other(name, dtype, argument, device):
+    given = {"input": torch.zeros(2, 3, 4, dtype=torch.float64), "target": torch.full((2, 3, 4), 1 / 3).double()}
+    given[argument] = given[argument].to(dtype)
+    given = {key: value.to(device) for key, value in given.items()}
+    with pytest.raises(TypeError, match=f"^{name}: `{argument}` must .*{dtype}"):
+        call(name, **given)
+
+
 def test_options_without_a_default_are_asked_for():
     with pytest.raises(TypeError, match=r"alpha.*beta"):
         fusedloss.tversky_loss(X, Y)

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from fusedloss import _autograd, _ops, labels
-from fusedloss._checks import ABSENT, ACTIVATIONS, HALF_DTYPES, INTERSECTIONS, LABEL_DTYPES, REDUCTIONS
+from fusedloss._checks import (
+    ABSENT,
+    ACTIVATIONS,
+    FLOATING_DTYPES,
+    HALF_DTYPES,
+    INTERSECTIONS,
+    LABEL_DTYPES,
+    REDUCTIONS,
+)
 
 
 def cross_entropy(
@@ -24,6 +32,7 @@ def cross_entropy(
         raise TypeError("cross_entropy: `ignore_index` must be an int, got bool")
     float32_loss = input.dtype in HALF_DTYPES and torch.is_autocast_enabled(input.device.type)
     if target.is_floating_point():
+        _require_floating(input, target)
         dtype = torch.promote_types(input.dtype, target.dtype)
         if weight is not None:
             dtype = torch.promote_types(dtype, weight.dtype)
@@ -92,6 +101,12 @@ def _broadcast_mse_loss(input: Tensor, target: Tensor, reduction: str, weight: T
     return (loss / weight.sum() if reduction == "mean" else loss).to(dtype)
 
 
+def _require_floating(input: Tensor, target: Tensor) -> None:
+    # Before one is converted to the other's dtype: afterwards integers and float8 could be read too.
+    if input.dtype not in FLOATING_DTYPES or target.dtype not in FLOATING_DTYPES:
+        raise TypeError("logits and soft labels of a dtype that the op does not read")
+
+
 def _require_kernels(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
     # The ops alone would take meta tensors, for which tracing gave them shapes.
     if not (input.is_cpu and target.is_cpu and (weight is None or weight.is_cpu)):
@@ -135,6 +150,7 @@ def segmentation(
     ):
         raise ValueError("an option that the op would misread")
     if target.is_floating_point():
+        _require_floating(input, target)
         if ignore_index >= 0:
             raise ValueError("ignore_index is for class indices")
         if torch.float64 in (input.dtype, target.dtype):

@@ -118,6 +118,8 @@ class Block {
     }
     if (visit == Visit::kTransposed) {
       rows_to_tile(z_, params.input_layout.pixel_stride, count, classes.count, z_tile_, kTileStride<A>);
+      const int64_t numbers = count * params.input_layout.pixel_stride;
+      prefetch(z_ + numbers, numbers * static_cast<int64_t>(sizeof(T)));
       if constexpr (kLabels == Labels::kSoft) {
         rows_to_tile(y_, params.target_layout.pixel_stride, count, classes.count, y_tile_, kTileStride<A>);
       }

@@ -347,6 +347,8 @@ void backward_softmax(SegmentationBlock<T>& block, const ClassGradients<ComputeT
   SegmentationPixels<A>& pixels = block.pixels;
   const A* maximum = static_cast<const A*>(params.maximum) + block.flat;
   const A* sum = static_cast<const A*>(params.sum) + block.flat;
+  prefetch(maximum + block.count, block.count * static_cast<int64_t>(sizeof(A)));
+  prefetch(sum + block.count, block.count * static_cast<int64_t>(sizeof(A)));
   for (int i = 0; i < block.padded; ++i) {
     const bool inside = i < block.count;
     pixels.maximum[i] = inside ? maximum[i] : A(0);

@@ -154,6 +154,8 @@ struct SegmentationBlock {
     }
     if (transposed()) {
       rows_to_tile(z, params.input_layout.pixel_stride, count, classes.count, work.tile, static_cast<int>(work.stride));
+      const int64_t numbers = count * params.input_layout.pixel_stride;
+      prefetch(z + numbers, numbers * static_cast<int64_t>(sizeof(T)));
       zero_tail(work.tile);
     }
   }
