@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from .registry import each_twin, each_typical_case
 
@@ -83,3 +84,16 @@ def test_no_grad_writes_none(loss, device):
         loss.function(input, target)
     largest = max(event.cpu_memory_usage for event in profiler.events())
     assert largest < input.nbytes / 4
+
+
+@each_twin
+def test_a_tracer_of_the_backward_reads_no_number(loss, device):
+    """It records what is done for any incoming gradient, also where the one it is shown is 1."""
+    torch.manual_seed(0)
+    input = torch.randn(4, 3, 5, device=device, requires_grad=True)
+    target = torch.randint(3, (4, 5), device=device) if loss.name == "cross_entropy" else torch.randn_like(input)
+    value = loss.function(input, target)
+    (wanted,) = torch.autograd.grad(loss.function(input, target), input)
+    one, three = torch.tensor([1.0, 3.0], device=device)
+    traced = make_fx(lambda grad: torch.autograd.grad(value, input, grad, retain_graph=True)[0])(one)
+    torch.testing.assert_close(traced(three), 3 * wanted)

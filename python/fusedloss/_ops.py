@@ -68,9 +68,12 @@ def runs_cuda_kernels(device: torch.device) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and bool(_host_library))
 
 
-def gradient_in_forward(device: torch.device) -> bool:
-    """Whether the forward can write the gradient there (``KEEP_GRADIENT``)."""
-    return not runs_cuda_kernels(device)
+def gradient_in_forward(input: Tensor) -> bool:
+    """Whether the forward can write the gradient where `input` lies (``KEEP_GRADIENT``): if no CUDA kernels run there.
+
+    Not asked of its device, whose `type` is a string that takes 0.4 us to make.
+    """
+    return input.is_cpu and not _host_library
 
 
 def has_kernels(device: torch.device) -> bool:
