@@ -736,7 +736,7 @@ def test_more_classes_than_are_counted_on_probabilities(name, device):
     ids=str,
 )
 @pytest.mark.parametrize("name", ["cross_entropy", *ON_PROBABILITIES])
-def test_float64_on_one_side_makes_no_number_of_the_other(name, dtype, argument, device):
+def test_a_dtype_that_is_refused_stays_so_beside_float64(name, dtype, argument, device):
     given = {"input": torch.zeros(2, 3, 4, dtype=torch.float64), "target": torch.full((2, 3, 4), 1 / 3).double()}
     given[argument] = given[argument].to(dtype)
     given = {key: value.to(device) for key, value in given.items()}
