@@ -553,3 +553,26 @@ def test_backward_inside_a_transform(case, reduction, device):
             (func.vmap(pull)(batch_of_incoming), func.jvp(pull, (random_like(value),), (random_like(value, 4),)))
         )
     assert_same(*results)
+
+
+@each_reduction
+@each_typical_case
+def test_what_has_outlived_its_transform(case, reduction, device):
+    """A tensor kept from inside func.grad is still wrapped; outside it is an ordinary one, with its own history."""
+    call = case.make(torch.float64, device, reduction)
+    of_tensors, tensors = call.on(case.loss.function, call.differentiable)
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    kept = []
+
+    def keep(one):
+        kept[:] = [leaf * one for leaf in leaves]
+        return one
+
+    func.grad(keep)(torch.ones((), dtype=torch.float64, device=device))
+    assert all(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in kept)
+    results = []
+    for operands in (kept, [leaf * 1.0 for leaf in leaves]):
+        value = of_tensors(*operands)
+        gradients = torch.autograd.grad(value, leaves, torch.ones_like(value), materialize_grads=True)
+        results.append((value, *gradients))
+    assert_same(*results)
