@@ -56,15 +56,16 @@ FUSEDLOSS_HOST_DEVICE SoftmaxTerms<Real> soft_label_terms(Real g, Real label_wei
   return {g * label_weights - dot, Real{}, g};
 }
 
-// dz_c with class indices. labelled: L for the labelled class, 0 for others. Without kFull there is neither squared
-// error nor label smoothing.
-template <bool kFull, class Real>
+// dz_c with class indices. labelled: L for the labelled class, 0 for others. Without kSquared there is no squared
+// error, without kSmoothed no label smoothing. p may be any multiple of the probability, as exp(z - maximum) is, where
+// m, s and common come divided by that factor.
+template <bool kSquared, bool kSmoothed, class Real>
 FUSEDLOSS_HOST_DEVICE Real index_label_gradient(Real p, Real m, Real s, Element<Real> weight, Element<Real> d_predicted,
                                                 Real common, Real labelled, Real smoothed) {
   Real each = d_predicted * m + common;
-  if constexpr (kFull) each += s * m * weight * p;
+  if constexpr (kSquared) each += s * m * weight * p;
   const Real value = p * each + labelled;
-  if constexpr (kFull) return value - weight * smoothed;
+  if constexpr (kSmoothed) return value - weight * smoothed;
   return value;
 }
 

@@ -92,6 +92,31 @@ int block_pixels(const CrossEntropyParams& params, Visit visit) {
   return static_cast<int>(fit > least ? fit / least * least : least);
 }
 
+// Pixels up to the end of the last vector: those past `count` count as ignored.
+template <class A>
+int padded(int count) {
+  return (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+
+// The labels of a block, and the weight of each: 0 where it is ignored.
+template <class A>
+struct alignas(64) BlockLabels {
+  math::Bits<A> label[kBlock<A>];  // class, or -1
+  math::Bits<A> place[kBlock<A>];  // class, or 0: a class that may be read without asking
+  A weight[kBlock<A>];
+  int64_t bad;  // position of the first label that is neither ignored nor a class, or -1
+
+  void read(const CrossEntropyParams& params, const Classes<A>& classes, int64_t flat, int count) {
+    bad = read_labels(params.target, params.target_dtype, flat, count, params.ignore_index, params.classes, label);
+    for (int i = 0; i < count; ++i) weight[i] = label[i] < 0 ? A(0) : classes.weight_of(label[i]);
+    for (int i = count; i < padded<A>(count); ++i) {
+      label[i] = -1;
+      weight[i] = 0;
+    }
+    for (int i = 0; i < padded<A>(count); ++i) place[i] = label[i] < 0 ? math::Bits<A>(0) : label[i];
+  }
+};
+
 // Some pixels of one sample, and the way through memory to them.
 template <Labels kLabels, class T, class Y>
 class Block {
@@ -118,30 +143,48 @@ class Block {
     }
     if (visit == Visit::kTransposed) {
       rows_to_tile(z_, params.input_layout.pixel_stride, count, classes.count, z_tile_, kTileStride<A>);
-      const int64_t numbers = count * params.input_layout.pixel_stride;
-      prefetch(z_ + numbers, numbers * static_cast<int64_t>(sizeof(T)));
       if constexpr (kLabels == Labels::kSoft) {
         rows_to_tile(y_, params.target_layout.pixel_stride, count, classes.count, y_tile_, kTileStride<A>);
       }
     }
   }
 
-  A logit(int i, int64_t c) const {
-    return load_one(z_ + i * params_.input_layout.pixel_stride + c * params_.input_layout.class_stride);
+  // The logit of each pixel's label; of a pixel without one whatever comes out. Before forward(), for the tile may hold
+  // the logits.
+  void labelled_logits(const BlockLabels<A>& labels, A* out) const {
+    const auto take = [&](const auto* z, int64_t stride) {
+      for_vectors<A, 1>(count, [&](auto, auto partial, int i, int left) {
+        const auto read = [&](int64_t c) {
+          const auto* row = z + c * stride + i;
+          return partial() ? load_partial(row, left, A(0)) : load(row);
+        };
+        store(out + i, of_labels<A>(labels.place + i, read));
+      });
+    };
+    switch (visit_) {
+      case Visit::kStrided:
+        return take(z_, params_.input_layout.class_stride);
+      case Visit::kTransposed:
+        return take(static_cast<const A*>(z_tile_), kTileStride<A>);
+      case Visit::kRows:
+        for (int i = 0; i < count; ++i) out[i] = load_one(row(i) + labels.place[i]);
+    }
   }
 
   // The sums over the classes. keep: backward() follows at once, and may find the exponentials in the tile.
   void forward(BlockSums<A>& sums, bool keep) {
     const int64_t z_stride = params_.input_layout.class_stride;
     A* tile = z_tile_;
+    const Ahead<T> ahead = visit_ == Visit::kStrided ? Ahead<T>{z_ + count, z_stride}
+                                                     : Ahead<T>{z_ + count * params_.input_layout.pixel_stride, count};
     switch (visit_) {
       case Visit::kStrided: {
         const int64_t y_stride = params_.target_layout.class_stride;
         kept_ = keep && classes_.count <= kTileClasses;
         if (kept_) {
-          forward_tile<kLabels, true>(classes_, z_, z_stride, y_, y_stride, count, sums, tile, kTileStride<A>);
+          forward_tile<kLabels, true>(classes_, z_, z_stride, y_, y_stride, count, sums, tile, kTileStride<A>, ahead);
         } else {
-          forward_tile<kLabels, false>(classes_, z_, z_stride, y_, y_stride, count, sums, tile, kTileStride<A>);
+          forward_tile<kLabels, false>(classes_, z_, z_stride, y_, y_stride, count, sums, tile, kTileStride<A>, ahead);
         }
         break;
       }
@@ -149,9 +192,9 @@ class Block {
         kept_ = true;
         if constexpr (kLabels == Labels::kSoft) {
           forward_tile<kLabels, true>(classes_, tile, kTileStride<A>, y_tile_, kTileStride<A>, count, sums, tile,
-                                      kTileStride<A>);
+                                      kTileStride<A>, ahead);
         } else {
-          forward_tile<kLabels, true>(classes_, tile, kTileStride<A>, y_, 0, count, sums, tile, kTileStride<A>);
+          forward_tile<kLabels, true>(classes_, tile, kTileStride<A>, y_, 0, count, sums, tile, kTileStride<A>, ahead);
         }
         break;
       case Visit::kRows:
@@ -254,29 +297,6 @@ class Block {
 // ---------------------------------------------------------------------------------------------------------------------
 // What is said of each pixel
 
-// Pixels up to the end of the last vector: those past `count` count as ignored.
-template <class A>
-int padded(int count) {
-  return (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-}
-
-// The labels of a block, and the weight of each: 0 where it is ignored.
-template <class A>
-struct alignas(64) BlockLabels {
-  math::Bits<A> label[kBlock<A>];  // class, or -1
-  A weight[kBlock<A>];
-  int64_t bad;  // position of the first label that is neither ignored nor a class, or -1
-
-  void read(const CrossEntropyParams& params, const Classes<A>& classes, int64_t flat, int count) {
-    bad = read_labels(params.target, params.target_dtype, flat, count, params.ignore_index, params.classes, label);
-    for (int i = 0; i < count; ++i) weight[i] = label[i] < 0 ? A(0) : classes.weight_of(label[i]);
-    for (int i = count; i < padded<A>(count); ++i) {
-      label[i] = -1;
-      weight[i] = 0;
-    }
-  }
-};
-
 // Incoming gradient of `count` pixels.
 template <class A>
 void read_pixel_gradient(const CrossEntropyParams& params, int64_t flat, int count, A* g) {
@@ -343,19 +363,16 @@ CrossEntropyPartial forward_chunk(const CrossEntropyParams& params, Visit visit,
   for (int64_t done = 0; done < chunk.count; done += most) {
     Block<kLabels, T, Y> block(params, visit, classes, chunk, done, most, scratch);
     const int count = block.count;
-    BlockSums<A> sums;
-    block.forward(sums, params.gradient != nullptr);
-
     // Lanes past `count` are computed on whatever is there and thrown away.
     alignas(64) A loss[kBlock<A>], label_logit[kBlock<A>];
     BlockLabels<A> labels;
     if constexpr (kLabels != Labels::kSoft) {
       labels.read(params, classes, block.flat, count);
       if (partial.bad_label < 0) partial.bad_label = labels.bad;
-      for (int i = 0; i < count; ++i) {
-        label_logit[i] = labels.label[i] < 0 ? A(0) : block.logit(i, labels.label[i]) - sums.maximum[i];
-      }
+      block.labelled_logits(labels, label_logit);
     }
+    BlockSums<A> sums;
+    block.forward(sums, params.gradient != nullptr);
     V block_loss = {}, block_weight = {};
     for (int i = 0; i < count; i += kLanes<A>) {
       const V log_s = math::log<V>(load(sums.sum + i));
@@ -365,7 +382,7 @@ CrossEntropyPartial forward_chunk(const CrossEntropyParams& params, Visit visit,
         b = load(sums.b + i);
       } else {
         const V w = load(labels.weight + i);
-        const V logit = load(label_logit + i);
+        const V logit = load(label_logit + i) - load(sums.maximum + i);
         if constexpr (kLabels == Labels::kIndexSmoothed) {
           a = math::index_label_a<V>(smoothing, w, weight_sum);
           b = math::index_label_b<V>(smoothing, w, logit, load(sums.b + i));

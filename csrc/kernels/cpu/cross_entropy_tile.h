@@ -52,21 +52,26 @@ struct alignas(64) BlockGradients {
   math::Bits<A> label[kBlock<A>];   // class, or -1 where ignored; index labels only
 };
 
-// Asks for what the next block will read of this class. A block has half a kilobyte of a class and then goes on to the
-// next class, a megabyte away: too short a run for the hardware's prefetcher to reach the next block, and the
-// arithmetic in between is time to fetch it in (docs/performance.md). An address past the end is no fault.
-template <class A, class T>
-FUSEDLOSS_HOST_DEVICE void prefetch_next_block(const T* p) {
-  __builtin_prefetch(p + kBlock<A>);
-}
+// Where the next block's logits lie. A visit asks for as many of them as it reads itself, a vector at a time: the
+// arithmetic between is time to fetch them in, which the hardware's prefetcher leaves unused. Of class-strided logits a
+// block has half a kilobyte of a class and then goes on to the next class, a megabyte away: too short a run for it.
+// Of class-innermost ones the classes say only when, not where. An address past the end is no fault.
+template <class T>
+struct Ahead {
+  const T* logits;
+  int64_t stride;  // from class to class
+
+  FUSEDLOSS_HOST_DEVICE void ask(int64_t c, int i) const { __builtin_prefetch(logits + c * stride + i); }
+};
 
 // `kVectors` vectors of pixels from pixel `i` on; with kPartial one vector whose first `count` lanes are pixels.
 // With kKeep the exponentials exp(z - m) go into `kept`, class-major with kept_stride (may be z itself), for what else
 // is made of them.
-template <Labels kLabels, bool kKeep, int kVectors, bool kPartial, class T, class Y>
+template <Labels kLabels, bool kKeep, int kVectors, bool kPartial, class T, class Y, class M>
 FUSEDLOSS_HOST_DEVICE void forward_vectors(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride,
                                            const Y* y, int64_t y_stride, int i, int count,
-                                           BlockSums<ComputeType<T>>& out, ComputeType<T>* kept, int64_t kept_stride) {
+                                           BlockSums<ComputeType<T>>& out, ComputeType<T>* kept, int64_t kept_stride,
+                                           const Ahead<M>& ahead) {
   using A = ComputeType<T>;
   using V = Vector<A>;
   constexpr int lanes = kLanes<A>;
@@ -95,7 +100,7 @@ FUSEDLOSS_HOST_DEVICE void forward_vectors(const Classes<ComputeType<T>>& classe
     const A weight = kLabels == Labels::kIndex ? A(1) : classes.weight_of(c);
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      prefetch_next_block<A>(row + v * lanes);
+      ahead.ask(c, i + v * lanes);
       const V logit = read(row + v * lanes);
       const V exponential = math::exp_shifted<V>(logit, maximum[v]);
       sum[v] += exponential;
@@ -132,13 +137,37 @@ FUSEDLOSS_HOST_DEVICE void for_vectors(int count, Visit visit) {
   if (i < count) visit(std::integral_constant<int, 1>{}, std::true_type{}, i, count - i);
 }
 
-template <Labels kLabels, bool kKeep, class T, class Y>
+// Calls visit(class, pixels) for each class among the labels of a vector of pixels; `pixels` is true where it is the
+// label. Neighboring pixels mostly have the same one (in CamVid, 1.2 classes in 16 pixels), and what is to be done
+// with the row of a class is done with whole vectors, where a loop over the pixels takes a dozen instructions for each.
+template <class A, class Visit>
+FUSEDLOSS_HOST_DEVICE void for_labels(const math::Bits<A>* labels, Visit visit) {
+  using B = math::Bits<Vector<A>>;
+  const B label = *reinterpret_cast<const typename VectorOf<math::Bits<A>>::Memory*>(labels);
+  for (uint32_t left = (1u << kLanes<A>)-1; left != 0;) {
+    const math::Bits<A> c = labels[__builtin_ctz(left)];
+    visit(static_cast<int64_t>(c), label == c);
+    left &= ~equal_lanes<A>(label, B{} + c);
+  }
+}
+
+// What read(c) gives for the class c that each of a vector of pixels is labelled with.
+template <class A, class Read>
+FUSEDLOSS_HOST_DEVICE Vector<A> of_labels(const math::Bits<A>* labels, Read read) {
+  Vector<A> value = {};
+  for_labels<A>(labels, [&](int64_t c, auto labelled) { value = labelled ? read(c) : value; });
+  return value;
+}
+
+template <Labels kLabels, bool kKeep, class T, class Y, class M>
 void forward_tile(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride, const Y* y, int64_t y_stride,
-                  int count, BlockSums<ComputeType<T>>& out, ComputeType<T>* kept, int64_t kept_stride) {
+                  int count, BlockSums<ComputeType<T>>& out, ComputeType<T>* kept, int64_t kept_stride,
+                  const Ahead<M>& ahead) {
   // Two (index) to four accumulators a vector have to fit in the registers.
   constexpr int vectors = kLabels == Labels::kIndex ? 8 : 4;
   for_vectors<ComputeType<T>, vectors>(count, [&](auto v, auto partial, int i, int n) {
-    forward_vectors<kLabels, kKeep, v(), partial()>(classes, z, z_stride, y, y_stride, i, n, out, kept, kept_stride);
+    forward_vectors<kLabels, kKeep, v(), partial()>(classes, z, z_stride, y, y_stride, i, n, out, kept, kept_stride,
+                                                    ahead);
   });
 }
 

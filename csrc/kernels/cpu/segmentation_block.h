@@ -5,8 +5,9 @@
 #include <type_traits>
 
 #include "kernels/cpu/convert.h"
-#include "kernels/cpu/segmentation_tile.h"
+#include "kernels/cpu/segmentation_pixels.h"
 #include "kernels/cpu/transpose.h"
+#include "kernels/segmentation.h"
 
 namespace fusedloss::cpu::FUSEDLOSS_LEVEL {
 namespace {
@@ -46,16 +47,13 @@ struct Workspace {
   A* tile;         // (C or lanes, stride)
   A* labels;       // (C or lanes, stride), where has_label_tile; also the rows on their way to a streamed gradient
   OverlapSums<A> sums;
-  double* of_labels;  // (4, C, 2): I and T of class indices, in four parts so that no sum waits for the one before
 
   static int64_t tile_bytes(int64_t classes) {
     const int64_t rows = classes > kLanes<A> ? classes : kLanes<A>;  // tile_to_rows reads so many
     return rows * (block_width<A>(classes) + kLanes<A>)*static_cast<int64_t>(sizeof(A));
   }
   static int64_t sums_bytes(int64_t classes) { return classes * kVectorBytes; }
-  static int64_t bytes(int64_t classes) {
-    return 2 * tile_bytes(classes) + 3 * sums_bytes(classes) + 8 * round_up(classes, 8) * int64_t{8};
-  }
+  static int64_t bytes(int64_t classes) { return 2 * tile_bytes(classes) + 3 * sums_bytes(classes); }
 
   Workspace(void* scratch, int64_t classes) {
     stride = block_width<A>(classes) + kLanes<A>;
@@ -70,7 +68,6 @@ struct Workspace {
     sums.intersection = reinterpret_cast<A*>(take(sums_bytes(classes)));
     sums.predicted = reinterpret_cast<A*>(take(sums_bytes(classes)));
     sums.labelled = reinterpret_cast<A*>(take(sums_bytes(classes)));
-    of_labels = reinterpret_cast<double*>(at);
   }
 };
 
@@ -154,13 +151,16 @@ struct SegmentationBlock {
     }
     if (transposed()) {
       rows_to_tile(z, params.input_layout.pixel_stride, count, classes.count, work.tile, static_cast<int>(work.stride));
-      const int64_t numbers = count * params.input_layout.pixel_stride;
-      prefetch(z + numbers, numbers * static_cast<int64_t>(sizeof(T)));
       zero_tail(work.tile);
     }
   }
 
   bool transposed() const { return params.input_layout.pixel_stride != 1; }
+
+  Ahead<T> ahead() const {
+    if (transposed()) return {z + count * params.input_layout.pixel_stride, count};
+    return {z + count, params.input_layout.class_stride};
+  }
 
   // Whether a pixel's weight may be other than 1.
   bool weighted() const { return params.pixel_weight != nullptr || !params.soft_labels; }
@@ -245,7 +245,7 @@ struct SegmentationBlock {
       pixels.label_weight[i] = pixels.label[i] < 0 ? A(0) : pixels.weight[i];
     }
     if (params.activation != Activation::kSoftmax) {
-      for (int i = 0; i < padded; ++i) pixels.inverse_sum[i] = 1;
+      for (int i = 0; i < padded; ++i) pixels.sum[i] = pixels.inverse_sum[i] = 1;
     }
   }
 
@@ -300,6 +300,25 @@ struct SegmentationBlock {
     }
   }
 };
+
+// w_y of each pixel, also of those without a label.
+template <class A>
+void read_class_weights(const Classes<A>& classes, const SegmentationPixels<A>& pixels, int padded, A* out) {
+  if (classes.weight == nullptr) {
+    for (int i = 0; i < padded; ++i) out[i] = 1;
+  } else {
+    for (int i = 0; i < padded; ++i) out[i] = classes.weight[pixels.place[i]];
+  }
+}
+
+// Calls f(T*, classes, workspace) with the element type of the logits.
+template <class F>
+void with_input_type(const SegmentationParams& params, void* scratch, F f) {
+  with_floating_type(params.input_dtype, [&](auto* t) {
+    using A = ComputeType<Pointee<decltype(t)>>;
+    f(t, classes_of<A>(params), Workspace<A>(scratch, params.classes));
+  });
+}
 
 }  // namespace
 }  // namespace fusedloss::cpu::FUSEDLOSS_LEVEL

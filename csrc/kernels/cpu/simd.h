@@ -145,36 +145,33 @@ FUSEDLOSS_HOST_DEVICE Vector<ComputeType<T>> load(const T* p) {
 typedef VectorOf<uint16_t, kVectorBytes / 2>::Type HalfBits;
 typedef VectorOf<uint16_t, kVectorBytes / 2>::Memory HalfMemory;
 
-template <>
-FUSEDLOSS_HOST_DEVICE Vector<float> load(const BFloat16* p) {
+// From and to the bits of a vector in memory; the pointer says of which type.
+FUSEDLOSS_HOST_DEVICE Vector<float> widen(Vector<float> value, const float*) { return value; }
+FUSEDLOSS_HOST_DEVICE Vector<double> widen(Vector<double> value, const double*) { return value; }
+FUSEDLOSS_HOST_DEVICE Vector<float> narrow(Vector<float> value, const float*) { return value; }
+FUSEDLOSS_HOST_DEVICE Vector<double> narrow(Vector<double> value, const double*) { return value; }
+
+FUSEDLOSS_HOST_DEVICE Vector<float> widen(HalfBits half, const BFloat16*) {
 #if defined(__AVX512F__)  // here and below: GCC 12 spells the conversion in halves, five in place of one
-  const __m512i bits = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  const __m512i bits = _mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)half);
   return math::bit_cast<Vector<float>>(bfloat16_to_float_bits((Vector<uint32_t>)bits));
 #elif defined(__AVX2__)
-  const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i bits = _mm256_cvtepu16_epi32((__m128i)half);
   return math::bit_cast<Vector<float>>(bfloat16_to_float_bits((Vector<uint32_t>)bits));
 #else
-  const HalfBits bits = *reinterpret_cast<const HalfMemory*>(p);
-  return math::bit_cast<Vector<float>>(bfloat16_to_float_bits(__builtin_convertvector(bits, Vector<uint32_t>)));
+  return math::bit_cast<Vector<float>>(bfloat16_to_float_bits(__builtin_convertvector(half, Vector<uint32_t>)));
 #endif
 }
 
-template <>
-FUSEDLOSS_HOST_DEVICE Vector<float> load(const Float16* p) {
+FUSEDLOSS_HOST_DEVICE Vector<float> widen(HalfBits half, const Float16*) {
 #if defined(__AVX512F__)  // the masked forms: the plain ones make GCC 12 warn about its own header
-  return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)half);
 #elif defined(__F16C__)
-  return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return (Vector<float>)_mm256_cvtph_ps((__m128i)half);
 #else
-  const HalfBits bits = *reinterpret_cast<const HalfMemory*>(p);
   return math::bit_cast<Vector<float>>(
-      float16_to_float_bits<Vector<float>>(__builtin_convertvector(bits, Vector<uint32_t>)));
+      float16_to_float_bits<Vector<float>>(__builtin_convertvector(half, Vector<uint32_t>)));
 #endif
-}
-
-template <class T>
-FUSEDLOSS_HOST_DEVICE void store(T* p, Vector<ComputeType<T>> value) {
-  *reinterpret_cast<typename VectorOf<T>::Memory*>(p) = value;
 }
 
 FUSEDLOSS_HOST_DEVICE HalfBits narrow(Vector<float> value, const BFloat16*) {
@@ -190,6 +187,21 @@ FUSEDLOSS_HOST_DEVICE HalfBits narrow(Vector<float> value, const Float16*) {
   return __builtin_convertvector(float_bits_to_float16<Vector<float>>(math::bit_cast<Vector<uint32_t>>(value)),
                                  HalfBits);
 #endif
+}
+
+template <>
+FUSEDLOSS_HOST_DEVICE Vector<float> load(const BFloat16* p) {
+  return widen(*reinterpret_cast<const HalfMemory*>(p), p);
+}
+
+template <>
+FUSEDLOSS_HOST_DEVICE Vector<float> load(const Float16* p) {
+  return widen(*reinterpret_cast<const HalfMemory*>(p), p);
+}
+
+template <class T>
+FUSEDLOSS_HOST_DEVICE void store(T* p, Vector<ComputeType<T>> value) {
+  *reinterpret_cast<typename VectorOf<T>::Memory*>(p) = value;
 }
 
 template <>
@@ -280,11 +292,14 @@ FUSEDLOSS_HOST_DEVICE void store_even_odd(BFloat16* p, Vector<float> even, Vecto
   store_bits<kStream>(p, low | (high & 0xffff0000u));
 }
 
-// Asks for `bytes` from p on, which the next block will read: the arithmetic in between is time to fetch them in, and
-// the hardware's prefetcher, a few lines ahead, leaves it unused. An address past the end is no fault.
-FUSEDLOSS_HOST_DEVICE void prefetch(const void* p, int64_t bytes) {
+// Asks for the `count` numbers that follow the `count` from p on, which the next block will read: the arithmetic in
+// between is time to fetch them in, and the hardware's prefetcher, a few lines ahead, leaves it unused. An address past
+// the end is no fault.
+template <class T>
+FUSEDLOSS_HOST_DEVICE void prefetch_behind(const T* p, int64_t count) {
   constexpr int64_t kLineBytes = 64;
-  for (int64_t at = 0; at < bytes; at += kLineBytes) __builtin_prefetch(static_cast<const char*>(p) + at);
+  const char* const from = reinterpret_cast<const char*>(p + count);
+  for (int64_t at = 0; at < count * static_cast<int64_t>(sizeof(T)); at += kLineBytes) __builtin_prefetch(from + at);
 }
 
 // Outputs from this size on are streamed: about a core's share of the last-level cache.
@@ -355,6 +370,22 @@ FUSEDLOSS_HOST_DEVICE void store_one(BFloat16* p, float value) {
 template <>
 FUSEDLOSS_HOST_DEVICE void store_one(Float16* p, float value) {
   p->bits = static_cast<uint16_t>(float_bits_to_float16<float, uint32_t>(math::bit_cast<uint32_t>(value)));
+}
+
+// The lanes in which two vectors hold the same integer, as bits.
+template <class A>
+FUSEDLOSS_HOST_DEVICE uint32_t equal_lanes(math::Bits<Vector<A>> a, math::Bits<Vector<A>> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) return _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b);
+  return _mm512_cmpeq_epi64_mask((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) return _mm256_movemask_ps((__m256)(a == b));
+  return _mm256_movemask_pd((__m256d)(a == b));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes<A>; ++i) bits |= static_cast<uint32_t>(a[i] == b[i]) << i;
+  return bits;
+#endif
 }
 
 template <class A>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <type_traits>
 #include <utility>
 
 #include "kernels/cpu/simd.h"
@@ -11,59 +12,112 @@ namespace fusedloss::cpu::FUSEDLOSS_LEVEL {
 namespace {
 
 // ---------------------------------------------------------------------------------------------------------------------
-// A square of vectors
+// Squares of quads
+//
+// A quad is 128 bits of a vector: within it numbers change places in one instruction, across quads they would take two,
+// and memory fills and empties quads one by one. So a square is as many classes as a quad has numbers, of as many
+// pixels as a vector has.
+
+template <class A>
+constexpr int kQuad = 16 / static_cast<int>(sizeof(A));  // numbers
+constexpr int kQuads = kVectorBytes / 16;                // in a vector
+
+// A quad's numbers in memory, as T.
+template <class T>
+struct QuadOf
+    : VectorOf<std::conditional_t<sizeof(T) == 2, uint16_t, T>, kQuad<ComputeType<T>>* static_cast<int>(sizeof(T))> {};
+
+template <class T>
+Vector<ComputeType<T>> load_quads(const T* p, int64_t step);
+template <int kFirst, class T>
+void store_quad(T* p, Vector<ComputeType<T>> value);
+template <class A>
+void transpose_quads(Vector<A> (&rows)[kQuad<A>]);
 
 // GCC has shufflevector from 12 on; with 11 the loops below move numbers one by one.
 #if defined(__clang__) || __GNUC__ >= 12
 constexpr bool kCanShuffle = true;
 
-// Lanes a0 b0 a1 b1 ... of the lower (kHigh = 0) or upper halves of a and b.
-template <int kHigh, class V, std::size_t... kLane>
-FUSEDLOSS_HOST_DEVICE V interleave(V a, V b, std::index_sequence<kLane...>) {
-  constexpr int lanes = sizeof...(kLane);
-  return __builtin_shufflevector(a, b, (int(kLane % 2) * lanes + int(kLane / 2) + kHigh * lanes / 2)...);
+template <class V, std::size_t... kLane>
+FUSEDLOSS_HOST_DEVICE auto join(V a, V b, std::index_sequence<kLane...>) {
+  return __builtin_shufflevector(a, b, int(kLane)...);
 }
-#else
-constexpr bool kCanShuffle = false;
 
-template <int kHigh, class V, std::size_t... kLane>
-FUSEDLOSS_HOST_DEVICE V interleave(V a, V, std::index_sequence<kLane...>) {
-  return a;
+template <int kFirst, class V, std::size_t... kLane>
+FUSEDLOSS_HOST_DEVICE auto lanes_from(V a, std::index_sequence<kLane...>) {
+  return __builtin_shufflevector(a, a, (kFirst + int(kLane))...);
 }
-#endif
 
-// rows[i][k] <-> rows[k][i]. Interleaving row i with row i + n / 2 moves one bit of the row number into the lane
-// number; after as many rounds as there are bits they have changed places.
+// Lanes a0 b0 a1 b1 ... of the lower (kHigh = 0) or upper halves of each quad of a and b.
+template <int kHigh, class A, std::size_t... kLane>
+FUSEDLOSS_HOST_DEVICE Vector<A> interleave(Vector<A> a, Vector<A> b, std::index_sequence<kLane...>) {
+  constexpr int n = kQuad<A>;
+  return __builtin_shufflevector(
+      a, b, (int(kLane) / n * n + kHigh * n / 2 + int(kLane) % n / 2 + int(kLane) % 2 * kLanes<A>)...);
+}
+
+// The quads at p, p + step, ... as a vector.
+template <class T>
+FUSEDLOSS_HOST_DEVICE Vector<ComputeType<T>> load_quads(const T* p, int64_t step) {
+  constexpr int n = kQuad<ComputeType<T>>;
+  const auto quad = [&](int k) ->
+      typename QuadOf<T>::Type { return *reinterpret_cast<const typename QuadOf<T>::Memory*>(p + k * step); };
+  constexpr auto two = std::make_index_sequence<2 * n>{};
+  if constexpr (kQuads == 1) {
+    return widen(quad(0), p);
+  } else if constexpr (kQuads == 2) {
+    return widen(join(quad(0), quad(1), two), p);
+  } else {
+    constexpr auto four = std::make_index_sequence<4 * n>{};
+    return widen(join(join(quad(0), quad(1), two), join(quad(2), quad(3), two), four), p);
+  }
+}
+
+// Lanes kFirst, kFirst + 1, ... of a vector as a quad in memory.
+template <int kFirst, class T>
+FUSEDLOSS_HOST_DEVICE void store_quad(T* p, Vector<ComputeType<T>> value) {
+  constexpr auto lanes = std::make_index_sequence<kQuad<ComputeType<T>>>{};
+  *reinterpret_cast<typename QuadOf<T>::Memory*>(p) = lanes_from<kFirst>(narrow(value, p), lanes);
+}
+
+// In each quad: rows[i][k] <-> rows[k][i]. Interleaving row i with row i + n / 2 moves one bit of the row number into
+// the lane number; after as many rounds as there are bits they have changed places.
 template <class A>
-FUSEDLOSS_HOST_DEVICE void transpose_square(Vector<A> (&rows)[kLanes<A>]) {
-  constexpr int n = kLanes<A>;
-  constexpr auto lanes = std::make_index_sequence<n>{};
+FUSEDLOSS_HOST_DEVICE void transpose_quads(Vector<A> (&rows)[kQuad<A>]) {
+  constexpr int n = kQuad<A>;
+  constexpr auto lanes = std::make_index_sequence<kLanes<A>>{};
   Vector<A> next[n];
-#pragma GCC unroll 4
+#pragma GCC unroll 2
   for (int round = 1; round < n; round *= 2) {
-#pragma GCC unroll 8
+#pragma GCC unroll 2
     for (int i = 0; i < n / 2; ++i) {
-      next[2 * i] = interleave<0>(rows[i], rows[i + n / 2], lanes);
-      next[2 * i + 1] = interleave<1>(rows[i], rows[i + n / 2], lanes);
+      next[2 * i] = interleave<0, A>(rows[i], rows[i + n / 2], lanes);
+      next[2 * i + 1] = interleave<1, A>(rows[i], rows[i + n / 2], lanes);
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 4
     for (int i = 0; i < n; ++i) rows[i] = next[i];
   }
 }
+#else
+constexpr bool kCanShuffle = false;
+#endif
 
 // Calls square(first pixel, first class) for squares that cover the pixels [0, result) and all classes, and returns
 // result; the pixels from there on are left to a plain loop.
 //
-// Squares may overlap: with 21 classes in vectors of 16, the second begins at class 5. With fewer classes than lanes a
-// vector reaches into the next pixels, which must lie close behind (row_stride) and be among the `count`; it must be
+// Squares may overlap: with 21 classes in quads of 4, the last begins at class 17. With fewer classes than numbers in a
+// quad, one reaches into the next pixel, which must lie close behind (row_stride) and be among the `count`; it must be
 // harmless there, so a store goes by increasing pixel and is mended by that pixel's own.
 template <class A, class Square>
 FUSEDLOSS_HOST_DEVICE int for_squares(int64_t row_stride, int count, int classes, Square square) {
-  constexpr int n = kLanes<A>;
-  if (!kCanShuffle || row_stride < classes || (classes < n && row_stride != classes)) return 0;
+  constexpr int n = kQuad<A>;
+  if (row_stride < classes || (classes < n && row_stride != classes)) return 0;
   int i = 0;
   // The last pixel of the square, read n numbers wide, ends within the block.
-  for (; i + n <= count && (i + n - 1) * row_stride + (classes < n ? n : classes) <= count * row_stride; i += n) {
+  const auto ends_within = [&](int last) {
+    return last < count && last * row_stride + (classes < n ? n : classes) <= count * row_stride;
+  };
+  for (; ends_within(i + kLanes<A> - 1); i += kLanes<A>) {
     if (classes < n) {
       square(i, 0);
       continue;
@@ -80,34 +134,50 @@ FUSEDLOSS_HOST_DEVICE int for_squares(int64_t row_stride, int count, int classes
 template <class T>
 void rows_to_tile(const T* rows, int64_t row_stride, int count, int classes, ComputeType<T>* tile, int tile_stride) {
   using A = ComputeType<T>;
-  constexpr int n = kLanes<A>;
-  const int done = for_squares<A>(row_stride, count, classes, [&](int i, int c) {
-    Vector<A> square[n];
-#pragma GCC unroll 16
-    for (int k = 0; k < n; ++k) square[k] = load<T>(rows + (i + k) * row_stride + c);
-    transpose_square<A>(square);
-    const int height = classes < n ? classes : n;
-    for (int k = 0; k < height; ++k) store<A>(tile + (c + k) * tile_stride + i, square[k]);
-  });
+  constexpr int n = kQuad<A>;
+  int done = 0;
+  if constexpr (kCanShuffle) {
+    done = for_squares<A>(row_stride, count, classes, [&](int i, int c) {
+      Vector<A> square[n];
+#pragma GCC unroll 4
+      for (int k = 0; k < n; ++k) square[k] = load_quads<T>(rows + (i + k) * row_stride + c, n * row_stride);
+      transpose_quads<A>(square);
+      const int height = classes < n ? classes : n;
+      for (int k = 0; k < height; ++k) store<A>(tile + (c + k) * tile_stride + i, square[k]);
+    });
+  }
   for (int i = done; i < count; ++i) {
     for (int c = 0; c < classes; ++c) tile[c * tile_stride + i] = load_one(rows + i * row_stride + c);
   }
 }
 
-// rows[i * row_stride + c] = tile[c * tile_stride + i], i < count, c < classes. The tile has as many rows as a vector
-// has lanes, or more; what is read past `classes` is not kept.
+// rows[i * row_stride + c] = tile[c * tile_stride + i], i < count, c < classes. The tile has as many rows as a quad has
+// numbers, or more; what is read past `classes` is not kept.
 template <class T>
 void tile_to_rows(const ComputeType<T>* tile, int tile_stride, int count, int classes, T* rows, int64_t row_stride) {
   using A = ComputeType<T>;
-  constexpr int n = kLanes<A>;
-  const int done = for_squares<A>(row_stride, count, classes, [&](int i, int c) {
-    Vector<A> square[n];
-#pragma GCC unroll 16
-    for (int k = 0; k < n; ++k) square[k] = load<A>(tile + (c + k) * tile_stride + i);
-    transpose_square<A>(square);
-#pragma GCC unroll 16
-    for (int k = 0; k < n; ++k) store<T>(rows + (i + k) * row_stride + c, square[k]);
-  });
+  constexpr int n = kQuad<A>;
+  int done = 0;
+  if constexpr (kCanShuffle) {
+    done = for_squares<A>(row_stride, count, classes, [&](int i, int c) {
+      Vector<A> square[n];
+#pragma GCC unroll 4
+      for (int k = 0; k < n; ++k) square[k] = load<A>(tile + (c + k) * tile_stride + i);
+      transpose_quads<A>(square);
+      const auto put = [&](auto quad) {
+#pragma GCC unroll 4
+        for (int k = 0; k < n; ++k) {
+          store_quad<quad() * n>(rows + (i + quad() * n + k) * row_stride + c, square[k]);
+        }
+      };
+      put(std::integral_constant<int, 0>{});
+      if constexpr (kQuads >= 2) put(std::integral_constant<int, 1>{});
+      if constexpr (kQuads >= 4) {
+        put(std::integral_constant<int, 2>{});
+        put(std::integral_constant<int, 3>{});
+      }
+    });
+  }
   for (int i = done; i < count; ++i) {
     for (int c = 0; c < classes; ++c) store_one(rows + i * row_stride + c, tile[c * tile_stride + i]);
   }

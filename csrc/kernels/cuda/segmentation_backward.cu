@@ -122,7 +122,7 @@ struct BackwardTile {
                                                   terms[v].smoothed);
         } else {
           const A labelled = pixels.label[v] == c ? terms[v].labelled : A(0);
-          value[v] = math::index_label_gradient<true, A>(p, m, twice[v], w, d_predicted, terms[v].common, labelled,
+          value[v] = math::index_label_gradient<true, true, A>(p, m, twice[v], w, d_predicted, terms[v].common, labelled,
                                                          terms[v].smoothed);
         }
       }
