@@ -119,8 +119,8 @@ def test_a_provider_of_another_device_is_not_even_imported(monkeypatch):
 
 
 # Every class has a label in these: what an absent one does is another matter in every library.
-SMALL = Data("small", (2, 3, 64, 48), "", ignored=0.1)
-WHOLE = Data("whole", (1, 3, 64, 48), "")
+SMALL = Data("small", (2, 3, 200, 150), "", ignored=0.1)
+WHOLE = Data("whole", (1, 3, 200, 150), "")
 MASK = Data("mask", (2, 1, 24, 20), "")
 ROWS = Data("rows", (30, 7), "")
 
