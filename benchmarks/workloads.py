@@ -14,9 +14,10 @@ SEED = 0
 # What Pascal VOC, Cityscapes and ADE20K loaders call a pixel without a label; it fits into uint8.
 IGNORED_LABEL = 255
 # Labels of photographs come in regions. Labels drawn pixel by pixel would send every reader of `logits[label]` to
-# another class plane for every pixel, which is unfair to those that gather. With so many pixels to a patch, 16 pixels
-# of a row have 1.25 classes; in CamVid it is 1.24.
-PATCH = 60
+# another class plane for every pixel, which is unfair to those that gather. Patches are so long along a row that 16
+# pixels have 1.25 classes, as in CamVid (1.24), and short across rows, so that no class is absent from a small image.
+PATCH_LENGTH = 60
+PATCH_WIDTH = 16
 
 
 @dataclass(frozen=True)
@@ -184,14 +185,15 @@ def make_case(workload: Workload, device: str) -> Case:
 
 
 def make_labels(data: Data, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Class indices (N, *spatial), constant in patches of PATCH pixels along each spatial dimension."""
+    """Class indices (N, *spatial), constant in patches: PATCH_LENGTH pixels of a row, PATCH_WIDTH across."""
     batch, classes, *spatial = data.shape
-    patches = (batch, *(-(-size // PATCH) for size in spatial))
+    sides = [PATCH_WIDTH] * (len(spatial) - 1) + [PATCH_LENGTH] * min(len(spatial), 1)
+    patches = (batch, *(-(-size // side) for size, side in zip(spatial, sides, strict=True)))
     labels = torch.randint(classes, patches, device=generator.device, generator=generator)
     if data.ignored:
         labels[torch.rand(patches, device=generator.device, generator=generator) < data.ignored] = IGNORED_LABEL
-    for dim, size in enumerate(spatial, start=1):
-        labels = labels.repeat_interleave(PATCH, dim).narrow(dim, 0, size)
+    for dim, (size, side) in enumerate(zip(spatial, sides, strict=True), start=1):
+        labels = labels.repeat_interleave(side, dim).narrow(dim, 0, size)
     return labels.to(dtype).contiguous()
 
 
