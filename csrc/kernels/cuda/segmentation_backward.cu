@@ -122,8 +122,8 @@ struct BackwardTile {
                                                   terms[v].smoothed);
         } else {
           const A labelled = pixels.label[v] == c ? terms[v].labelled : A(0);
-          value[v] = math::index_label_gradient<true, true, A>(p, m, twice[v], w, d_predicted, terms[v].common, labelled,
-                                                         terms[v].smoothed);
+          value[v] = math::index_label_gradient<true, true, A>(p, m, twice[v], w, d_predicted, terms[v].common,
+                                                               labelled, terms[v].smoothed);
         }
       }
       write(c, value);

@@ -171,16 +171,16 @@ backward_plain_kernel(FUSEDLOSS_ARGUMENT BackwardParams params, FUSEDLOSS_ARGUME
           const float labelled = own_label[v] == k ? terms[v].labelled : 0.0f;
           const float m = pixels[v].weight;
           value[v] = squared ? math::index_label_gradient<true, true, float>(logits.z[k][v], m, twice[v], w, d,
-                                                                       terms[v].common, labelled, 0.0f)
+                                                                             terms[v].common, labelled, 0.0f)
                              : math::index_label_gradient<false, false, float>(logits.z[k][v], m, 0.0f, 0.0f, d,
-                                                                        terms[v].common, labelled, 0.0f);
+                                                                               terms[v].common, labelled, 0.0f);
         }
       } else {
         FUSEDLOSS_UNROLL
         for (int v = 0; v < V; ++v) {
           const float labelled = own_label[v] == k ? terms[v].labelled : 0.0f;
-          value[v] = math::index_label_gradient<false, false, float>(logits.z[k][v], 0.0f, 0.0f, 0.0f, 0.0f, terms[v].common,
-                                                              labelled, 0.0f);
+          value[v] = math::index_label_gradient<false, false, float>(logits.z[k][v], 0.0f, 0.0f, 0.0f, 0.0f,
+                                                                     terms[v].common, labelled, 0.0f);
         }
       }
       write(k, value);

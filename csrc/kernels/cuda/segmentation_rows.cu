@@ -232,10 +232,11 @@ backward_rows_kernel(FUSEDLOSS_ARGUMENT BackwardParams params) {
                                                terms.smoothed);
         } else {
           const A labelled = state.label == c + v ? terms.labelled : A(0);
-          value = setting.smooth
-                      ? math::index_label_gradient<true, true, A>(p, m, A(0), class_weight<A>(params, c + v), A(0),
-                                                            terms.common, labelled, terms.smoothed)
-                      : math::index_label_gradient<false, false, A>(p, m, A(0), A(0), A(0), terms.common, labelled, A(0));
+          value =
+              setting.smooth
+                  ? math::index_label_gradient<true, true, A>(p, m, A(0), class_weight<A>(params, c + v), A(0),
+                                                              terms.common, labelled, terms.smoothed)
+                  : math::index_label_gradient<false, false, A>(p, m, A(0), A(0), A(0), terms.common, labelled, A(0));
         }
         value = m == A(0) ? A(0) : value;
         pack.values[v] = from_compute<T>(state.bad ? nan : value);
