@@ -798,3 +798,20 @@ def test_an_infinite_probability_has_a_gradient(loss, infinite, device):
     assert not (gradients[0].isnan() & ~gradients[1].isnan())[:, 0].any()
     if infinite > 0:
         assert not (gradients[0].isnan() & ~gradients[1].isnan()).any()
+
+
+def test_a_class_that_is_hardly_predicted_keeps_its_sum(device):
+    """beta = 0: the score is I / P, and P of the class a millionth of T. No other term may cost its digits."""
+    m = Maker(torch.float32, device)
+    logits = m.normal(2, 5, 96, 128)
+    logits[:, 0] -= 14
+    target = m.labels(5, 2, 96, 128)
+    target[:, :48] = 0
+    options = {"cross_entropy": 0.0, "iou": 1.0, "alpha": 1.0, "beta": 0.0, "classes": [0]}
+
+    def losses(input, function):
+        return [function(input, target, **options, brier=brier, return_terms=True)[1]["iou"] for brier in (0.0, 1.0)]
+
+    truth = losses(logits.double(), fusedloss.reference.segmentation_loss)
+    for found, true in zip(losses(logits, fusedloss.segmentation_loss), truth, strict=True):
+        assert found.item() == pytest.approx(true.item(), rel=1e-5)

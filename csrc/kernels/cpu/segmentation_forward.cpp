@@ -143,7 +143,8 @@ void collect_block(SegmentationBlock<T>& block, ComputeType<T>* squared_error) {
   };
   if (!has_label_tile(params)) {
     with_terms([&](auto squared, auto overlap) {
-      collect_labelled<squared(), overlap()>(work.tile, work.stride, block.padded, block.pixels, work.sums);
+      collect_labelled<squared(), overlap()>(work.tile, work.stride, block.padded, block.classes, block.pixels,
+                                             work.sums, squared_error);
       const auto run = [&](auto weighted) {
         collect_index_labels<A, squared(), overlap(), weighted()>(classes, work.tile, work.stride, block.count, weight,
                                                                   block.pixels, work.sums.predicted, squared_error);
@@ -185,7 +186,7 @@ void collect_plain_block(const SegmentationBlock<T>& block) {
 template <class A>
 void flush(const SegmentationParams& params, const OverlapSums<A>& sums, double* table) {
   const int64_t classes = params.classes;
-  const bool less_labels = params.squared_error && !has_label_tile(params);  // in `predicted`
+  const bool without_labels = params.squared_error && !has_label_tile(params);  // `predicted`: see collect_labelled
   for (int64_t c = 0; c < classes; ++c) {
     const auto take = [&](A* sum) {
       const double taken = sum_lanes<A>(load(sum + c * kLanes<A>));
@@ -196,7 +197,7 @@ void flush(const SegmentationParams& params, const OverlapSums<A>& sums, double*
     const double labelled = take(sums.labelled);
     if (table == nullptr) continue;
     table[c] += intersection;
-    table[classes + c] += less_labels ? predicted + labelled : predicted;
+    table[classes + c] += without_labels ? predicted + intersection : predicted;
     table[2 * classes + c] += labelled;
   }
 }

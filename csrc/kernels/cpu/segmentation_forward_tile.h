@@ -12,16 +12,16 @@
 namespace fusedloss::cpu::FUSEDLOSS_LEVEL {
 namespace {
 
-// What class indices touch: one class of each pixel. Adds it to I and T, and with a squared error takes the label off
-// the tile's number, S p, which becomes S (p - 1).
+// What class indices touch: one class of each pixel. Adds it to I and T. With a squared error it also takes the number,
+// S p, out of the tile, and its share of the pixel's squared error, S^2 w (p - 1)^2, goes to squared_error (padded).
 template <bool kSquared, bool kOverlap, class A>
-void collect_labelled(A* tile, int64_t stride, int padded, const SegmentationPixels<A>& pixels,
-                      const OverlapSums<A>& sums) {
+void collect_labelled(A* tile, int64_t stride, int padded, const Classes<A>& classes,
+                      const SegmentationPixels<A>& pixels, const OverlapSums<A>& sums, A* squared_error) {
   using V = Vector<A>;
   for (int i = 0; i < padded; i += kLanes<A>) {
     const V m = load(pixels.label_weight + i);
     const V scale = m * load(pixels.inverse_sum + i);
-    const V taken = m == A(0) ? V{} : load(pixels.sum + i);
+    V square = {};
     for_labels<A>(pixels.place + i, [&](int64_t c, auto labelled) {
       const V value = load(tile + c * stride + i);
       if constexpr (kOverlap) {
@@ -29,14 +29,21 @@ void collect_labelled(A* tile, int64_t stride, int padded, const SegmentationPix
         add(sums.intersection + c * kLanes<A>, scale * value);
         add(sums.labelled + c * kLanes<A>, m);
       }
-      if constexpr (kSquared) store(tile + c * stride + i, value - (labelled ? taken : V{}));
+      if constexpr (kSquared) {
+        const auto taken = labelled & (m != A(0));  // a pixel without a label has only a place
+        const V own = classes.weight_of(c) * math::squared_error<V>(value, load(pixels.sum + i));
+        square = taken ? own : square;
+        store(tile + c * stride + i, taken ? V{} : value);
+      }
     });
+    if constexpr (kSquared) store(squared_error + i, square);
   }
 }
 
 // Adds to P of each class, and computes the squared errors of the pixels (squared_error, count; not yet times m), with
-// class indices. The tile: S times the probabilities; with kSquared S times the differences p - y, so that a class
-// takes two products and the labels none: what is added is P - T.
+// class indices. The tile: S times the probabilities; with kSquared without those of the labels, which
+// collect_labelled() has taken, so that a class takes two products: what is added is P - I, and P - T would lose a P
+// that is small beside T.
 template <class A, bool kSquared, bool kOverlap, bool kClassWeights>
 void collect_index_labels(int64_t classes, const A* tile, int64_t stride, int count, const A* weight,
                           const SegmentationPixels<A>& pixels, A* predicted, A* squared_error) {
@@ -50,7 +57,7 @@ void collect_index_labels(int64_t classes, const A* tile, int64_t stride, int co
     for (int v = 0; v < n; ++v) {
       const int at = i + v * lanes;
       scale[v] = load(pixels.inverse_sum + at) * load(pixels.weight + at);
-      square[v] = V{};
+      square[v] = kSquared ? load(squared_error + at) : V{};
     }
     for (int64_t c = 0; c < classes; ++c) {
       const A* row = tile + c * stride + i;

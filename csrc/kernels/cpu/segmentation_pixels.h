@@ -30,7 +30,7 @@ struct alignas(64) SegmentationPixels {
 template <class A>
 struct OverlapSums {
   A* intersection;  // (C, lanes)
-  A* predicted;     // (C, lanes); with class indices and a squared error P - T
+  A* predicted;     // (C, lanes); with class indices and a squared error P - I
   A* labelled;      // (C, lanes)
 };
 
