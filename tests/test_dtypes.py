@@ -314,6 +314,35 @@ def test_every_nan_is_one(dtype, bits, quiet_nan, classes, device):
     assert gradients["input"].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1], ids=["positive", "negative"])
+@pytest.mark.parametrize("source", ["incoming gradient", "weight", "pixel_weight"])
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid", "sigmoid of probabilities"])
+def test_a_nan_stays_one_in_two_bytes(dtype, bits, source, kind, device):
+    """Also with all of its bits set, as a GPU makes it, to which a rounding by addition would give another sign."""
+    nan = torch.tensor(bits, dtype=torch.int32, device=device).view(torch.float32)
+    m = Maker(dtype, device)
+    activation, classes = kind.split()[0], 1 if kind.endswith("probabilities") else 4
+    input = m.normal(2, classes, 150).requires_grad_()
+    target = m.positive(2, 1, 150).clamp(max=1) if classes == 1 else m.labels(classes, 2, 150)
+    options = {}
+    if source == "weight":
+        options["weight"] = nan.expand(classes).clone()
+    elif source == "pixel_weight":
+        options["pixel_weight"] = nan.expand(2, 150).clone()
+    incoming = nan if source == "incoming gradient" else torch.ones_like(nan)
+    losses = {
+        "IoU": lambda: fusedloss.soft_iou_loss(input, target, activation=activation, **options),
+        "all": lambda: fusedloss.segmentation_loss(input, target, brier=1.0, activation=activation, **options),
+    }
+    if activation == "softmax" and source == "weight":
+        losses["cross-entropy"] = lambda: fusedloss.cross_entropy(input, target, **options)
+    for name, loss in losses.items():
+        value = loss()
+        (gradient,) = torch.autograd.grad(value, input, incoming.to(value.dtype))
+        assert gradient.isnan().all(), name
+
+
 @pytest.mark.parametrize("special", SPECIAL.values(), ids=SPECIAL.keys())
 def test_special_logits_with_probabilities(special, device):
     m = Maker(torch.float32, device)

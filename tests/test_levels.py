@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import fusedloss
 from fusedloss import _C
 
 from .compare import check, evaluate
@@ -75,6 +76,18 @@ def test_sizes_around_lanes_and_blocks(classes, layout, dtype, level):
             check(SEGMENTATION_LOSS, on_pixels(input, soft, brier=1.0), with_torch=False, what=f"{pixels} pixels")
         if pixels % 3 == 1:
             check(SEGMENTATION_LOSS, on_pixels(input, labels, brier=1.0), with_torch=False, what=f"{pixels} pixels")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_digits_of_the_exponential(dtype, level):
+    """exp(x) may lose |x| / 2 units of the last place (csrc/math/elementary.h); 6 are for the rest of p / (1 + p)."""
+    x = torch.linspace(-85, 0, 1 << 16, dtype=dtype)
+    input = torch.stack([torch.zeros_like(x), x])[None].requires_grad_()
+    loss = fusedloss.cross_entropy(input, torch.zeros(1, len(x), dtype=torch.int64), reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, input)
+    truth = torch.sigmoid(x.double())
+    units = (gradient[0, 1].double() - truth).abs() / truth / torch.finfo(dtype).eps
+    assert (units <= 6 - x / 2).all()
 
 
 @each_dtype

@@ -31,7 +31,7 @@ FUSEDLOSS_HOST_DEVICE Sigmoid<Real> sigmoid(Real logit) {
   using K = Constants<Real>;
   const Real one = splat<Real>(Element<Real>(1));
   // exp(-z), infinite below about -88 (float) or -709: then p is 0 and exp(-z) p is NaN, which minimum() makes 1.
-  const Real t = exp2<Real>(minimum<Real>(splat<Real>(-K::exponent_floor + 1), logit * -K::log2_e));
+  const Real t = exp<Real>(minimum<Real>(splat<Real>(K::exp_ceiling), -logit));
   Sigmoid<Real> result;
   result.probability = one / (one + t);
   result.complement = minimum<Real>(t * result.probability, one);

@@ -1,4 +1,4 @@
-// exp2 and log as branch-free polynomials, so that a loop over them becomes vector code at every instruction-set level.
+// exp and log as branch-free polynomials, so that a loop over them becomes vector code at every instruction-set level.
 //
 // The standard library's versions are calls per number; 44 million of them are the whole time of a loss. The
 // coefficients are minimax fits on the reduced range, made with mpmath; their errors stand beside them.
@@ -22,7 +22,9 @@ struct ElementaryConstants<float> {
   // Adding 1.5 * 2^mantissa_bits rounds to an integer and leaves that integer in the low bits.
   static constexpr float round_magic = 12582912.0f;
   static constexpr int mantissa_bits = 23;
-  static constexpr float exponent_floor = -127.0f;  // 2^-127 built from exponent bits alone is exactly 0
+  static constexpr float exponent_floor = -127.0f;      // 2^-127 built from exponent bits alone is exactly 0
+  static constexpr float exp_floor = -88.0296919311f;   // exponent_floor ln 2
+  static constexpr float exp_ceiling = 88.7228391117f;  // 128 ln 2
   static constexpr int32_t sqrt_half_bits = 0x3f3504f3;
   // 2^f on [-1/2, 1/2], lowest order first; relative error 2e-9.
   static constexpr int exp2_degree = 6;
@@ -60,6 +62,8 @@ struct ElementaryConstants<double> {
   static constexpr double round_magic = 6755399441055744.0;
   static constexpr int mantissa_bits = 52;
   static constexpr double exponent_floor = -1023.0;
+  static constexpr double exp_floor = -709.089565712824051;
+  static constexpr double exp_ceiling = 709.782712893383996;
   static constexpr int64_t sqrt_half_bits = 0x3fe6a09e667f3bcd;
   // Relative error 3e-18.
   static constexpr int exp2_degree = 11;
@@ -91,37 +95,31 @@ struct ElementaryConstants<double> {
 template <class Real>
 using Constants = ElementaryConstants<Element<Real>>;
 
-// 2^t for t <= 128 (float) or 1024 (double), where it is infinite; exactly 0 from -127 (-1023) down, NaN for NaN.
+// e^x up to exp_ceiling, where it is infinite; exactly 0 from exp_floor down, NaN for NaN. The product with log2(e)
+// costs up to |x| / 2 units in the last place, which in a probability e^x <= 1 is an absolute error below the dtype's
+// rounding of 1.
 template <class Real>
-FUSEDLOSS_HOST_DEVICE Real exp2(Real t) {
+FUSEDLOSS_HOST_DEVICE Real exp(Real x) {
   using K = Constants<Real>;
 #if defined(__CUDA_ARCH__)
-  // The hardware has one instruction for it, with an error of two units in the last place. exp2f() would spend four
+  // The hardware has one instruction for 2^t, with an error of two units in the last place. exp2f() would spend four
   // more on results below 2^-126, which are 0 here.
   if constexpr (sizeof(Real) == sizeof(float)) {
     float power;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(t));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * K::log2_e));
     return power;
   }
 #endif
-  const Real floor = splat<Real>(K::exponent_floor);
-  t = maximum<Real>(floor, t);                                         // the second where one is NaN
+  x = maximum<Real>(splat<Real>(K::exp_floor), x);                     // the second where one is NaN
   const Real magic = splat<Real>(K::round_magic - K::exponent_floor);  // with the bias of the exponent
-  const Real shifted = t + magic;
-  const Real fraction = t - (shifted - magic);  // exact, in [-1/2, 1/2]
+  const Real shifted = x * K::log2_e + magic;
+  const Real fraction = x * K::log2_e - (shifted - magic);  // in [-1/2, 1/2]
   Real power = splat<Real>(K::exp2_coefficient(K::exp2_degree));
   for (int k = K::exp2_degree - 1; k >= 0; --k) power = power * fraction + K::exp2_coefficient(k);
   // The low bits of `shifted`, moved up into the exponent, are 2^integer part. A product and not a sum of bits: of a
   // NaN the low bits are anything, and a sum could turn it into a number.
   using U = UnsignedBits<Real>;
   return power * bit_cast<Real>(bit_cast<U>(shifted) << K::mantissa_bits);
-}
-
-// e^x with the same range; the product with log2(e) costs |x| / 2 units in the last place, which in a probability
-// e^x <= 1 is an absolute error below the dtype's rounding of 1.
-template <class Real>
-FUSEDLOSS_HOST_DEVICE Real exp(Real x) {
-  return exp2<Real>(x * Constants<Real>::log2_e);
 }
 
 // Natural logarithm of a normal positive number, of 0 (-inf), of infinity and of NaN. Not for negative or denormal

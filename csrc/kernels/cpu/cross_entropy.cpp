@@ -108,12 +108,13 @@ struct alignas(64) BlockLabels {
 
   void read(const CrossEntropyParams& params, const Classes<A>& classes, int64_t flat, int count) {
     bad = read_labels(params.target, params.target_dtype, flat, count, params.ignore_index, params.classes, label);
-    for (int i = 0; i < count; ++i) weight[i] = label[i] < 0 ? A(0) : classes.weight_of(label[i]);
-    for (int i = count; i < padded<A>(count); ++i) {
-      label[i] = -1;
-      weight[i] = 0;
+    for (int i = count; i < padded<A>(count); ++i) label[i] = -1;
+    for (int i = 0; i < padded<A>(count); ++i) {
+      place[i] = label[i] < 0 ? math::Bits<A>(0) : label[i];
+      weight[i] = label[i] < 0 ? A(0) : A(1);
     }
-    for (int i = 0; i < padded<A>(count); ++i) place[i] = label[i] < 0 ? math::Bits<A>(0) : label[i];
+    if (classes.weight == nullptr) return;  // or the loop above is one pixel after the other
+    for (int i = 0; i < count; ++i) weight[i] = label[i] < 0 ? A(0) : classes.weight[label[i]];
   }
 };
 
@@ -202,26 +203,26 @@ class Block {
     }
   }
 
-  // Writes the gradient. masked: an ignored pixel's probabilities may be NaN. Uses up the tile.
-  void backward(const BlockGradients<A>& pixels, bool masked, bool stream) {
+  // Writes the gradient, which is finite or may not be. Uses up the tile.
+  void backward(const BlockGradients<A>& pixels, bool finite, bool stream) {
     T* gradient = static_cast<T*>(params_.gradient) + offset_of(params_.gradient_layout, sample_, pixel_);
     const int64_t y_stride = params_.target_layout.class_stride;
     const int64_t gradient_stride = params_.gradient_layout.class_stride;
-    constexpr bool can_mask = kLabels != Labels::kSoft;
+    constexpr bool may_know = kLabels != Labels::kSoft;
     A* tile = z_tile_;
     switch (visit_) {
       case Visit::kStrided: {
-        const auto write = [&](auto kept, auto mask, auto streamed, const auto* z, int64_t z_stride) {
-          backward_tile<kLabels, kept(), mask(), streamed()>(classes_, z, z_stride, y_, y_stride, count, pixels,
-                                                             gradient, gradient_stride);
+        const auto write = [&](auto kept, auto finite, auto streamed, const auto* z, int64_t z_stride) {
+          backward_tile<kLabels, kept(), finite(), streamed()>(classes_, z, z_stride, y_, y_stride, count, pixels,
+                                                               gradient, gradient_stride);
         };
         const auto from = [&](auto kept, const auto* z, int64_t z_stride) {
-          if (masked) {
-            write(kept, std::bool_constant<can_mask>{}, std::false_type{}, z, z_stride);
-          } else if (stream && streaming_aligned(gradient)) {
-            write(kept, std::false_type{}, std::bool_constant<kCanStream>{}, z, z_stride);
-          } else {
+          if (!finite) {
             write(kept, std::false_type{}, std::false_type{}, z, z_stride);
+          } else if (stream && streaming_aligned(gradient)) {
+            write(kept, std::bool_constant<may_know>{}, std::bool_constant<kCanStream>{}, z, z_stride);
+          } else {
+            write(kept, std::bool_constant<may_know>{}, std::false_type{}, z, z_stride);
           }
         };
         if (kept_) {
@@ -238,8 +239,8 @@ class Block {
             backward_tile<kLabels, kept(), false, false>(classes_, tile, kTileStride<A>, y_tile_, kTileStride<A>, count,
                                                          pixels, tile, kTileStride<A>);
           } else {
-            backward_tile<kLabels, kept(), true, false>(classes_, tile, kTileStride<A>, y_, 0, count, pixels, tile,
-                                                        kTileStride<A>);
+            backward_tile<kLabels, kept(), false, false>(classes_, tile, kTileStride<A>, y_, 0, count, pixels, tile,
+                                                         kTileStride<A>);
           }
         };
         if (kept_) {
@@ -309,13 +310,13 @@ void read_pixel_gradient(const CrossEntropyParams& params, int64_t flat, int cou
   for (int i = 0; i < count; ++i) g[i] *= scale;
 }
 
-// Everything that the visits need to know of the block's pixels. True where an ignored pixel's probabilities are not
-// finite, so that its gradient has to be put to zero by hand.
+// Everything that the visits need to know of the block's pixels. False where one of them makes the gradient of class
+// indices other than finite, or would if it were not ignored.
 // maximum, sum: (count); labels: of index labels.
 template <Labels kLabels, class A>
 bool prepare_gradients(const CrossEntropyParams& params, const Classes<A>& classes, int64_t flat, int count,
                        const A* maximum, const A* sum, const BlockLabels<A>& labels, BlockGradients<A>& pixels) {
-  bool masked = false;
+  int finite_count = 0;
   read_pixel_gradient<A>(params, flat, count, pixels.g);
   for (int i = 0; i < count; ++i) {
     pixels.maximum[i] = maximum[i];
@@ -323,27 +324,26 @@ bool prepare_gradients(const CrossEntropyParams& params, const Classes<A>& class
   }
   if constexpr (kLabels != Labels::kSoft) {
     const A weight_sum = static_cast<A>(params.weight_sum);
-    int masked_count = 0;
     for (int i = 0; i < count; ++i) {
       const bool ignored = labels.label[i] < 0;
       const A w = labels.weight[i];
       const A g = ignored ? A(0) : pixels.g[i];
-      const bool finite = sum[i] - sum[i] == A(0) && sum[i] > A(0);
-      masked_count += ignored && !finite;
       pixels.label[i] = labels.label[i];
       pixels.g[i] = g;
       const A a = kLabels == Labels::kIndex ? w : math::index_label_a<A>(classes.smoothing, w, weight_sum);
       pixels.g_times_a_over_sum[i] = ignored ? A(0) : g * a * pixels.inverse_sum[i];
       pixels.g_times_label[i] = g * classes.smoothing.label * w;
+      // S is not finite where a logit is not, and the other two where anything else is not.
+      const A all = sum[i] + pixels.g_times_a_over_sum[i] + pixels.g_times_label[i];
+      finite_count += all - all == A(0) && sum[i] > A(0);
     }
-    masked = masked_count > 0;
   }
   for (int i = count; i < padded<A>(count); ++i) {
     pixels.maximum[i] = pixels.inverse_sum[i] = pixels.g[i] = 0;
     pixels.g_times_a_over_sum[i] = pixels.g_times_label[i] = 0;
     pixels.label[i] = -1;
   }
-  return masked;
+  return finite_count == count;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -412,9 +412,9 @@ CrossEntropyPartial forward_chunk(const CrossEntropyParams& params, Visit visit,
     if (params.loss != nullptr) write_numbers<A>(params.loss, params.loss_dtype, block.flat, 1, count, loss);
     if (params.gradient != nullptr) {
       BlockGradients<A> pixels;
-      const bool masked =
+      const bool finite =
           prepare_gradients<kLabels, A>(params, classes, block.flat, count, sums.maximum, sums.sum, labels, pixels);
-      block.backward(pixels, masked, stream);
+      block.backward(pixels, finite, stream);
     }
   }
   if (stream) streaming_fence();
@@ -451,10 +451,10 @@ void backward_chunk(const CrossEntropyParams& params, Visit visit, const Classes
     BlockLabels<A> labels;
     if constexpr (kLabels != Labels::kSoft) labels.read(params, classes, block.flat, block.count);
     BlockGradients<A> pixels;
-    const bool masked = prepare_gradients<kLabels, A>(params, classes, block.flat, block.count,
+    const bool finite = prepare_gradients<kLabels, A>(params, classes, block.flat, block.count,
                                                       static_cast<const A*>(params.maximum) + block.flat,
                                                       static_cast<const A*>(params.sum) + block.flat, labels, pixels);
-    block.backward(pixels, masked, stream);
+    block.backward(pixels, finite, stream);
   }
   if (stream) streaming_fence();
 }

@@ -171,8 +171,8 @@ void forward_tile(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_
   });
 }
 
-// Writes kVectors vectors of a row of the gradient; of a partial one the first `left` numbers.
-template <bool kStream, bool kPartial, class T, int kVectors>
+// Writes kVectors vectors of a row of the gradient; of a partial one the first `left` numbers. kPlain: of store_two().
+template <bool kStream, bool kPartial, bool kPlain, class T, int kVectors>
 FUSEDLOSS_HOST_DEVICE void write_gradient(T* to, const Vector<ComputeType<T>> (&value)[kVectors], int left) {
   constexpr int lanes = kLanes<ComputeType<T>>;
   if constexpr (kPartial) {
@@ -180,7 +180,7 @@ FUSEDLOSS_HOST_DEVICE void write_gradient(T* to, const Vector<ComputeType<T>> (&
   } else {
     constexpr int pairs = kVectors / 2 * 2;
 #pragma GCC unroll 4
-    for (int v = 0; v < pairs; v += 2) store_two<T, kStream>(to + v * lanes, value[v], value[v + 1]);
+    for (int v = 0; v < pairs; v += 2) store_two<T, kStream, kPlain>(to + v * lanes, value[v], value[v + 1]);
     if constexpr (kVectors == pairs) return;
     if constexpr (kStream) {
       store_streaming<T>(to + pairs * lanes, value[kVectors - 1]);
@@ -191,8 +191,9 @@ FUSEDLOSS_HOST_DEVICE void write_gradient(T* to, const Vector<ComputeType<T>> (&
 }
 
 // The gradient of the logits. Z: what is read: logits (of type T), or with kKept their exponentials, kept by the
-// forward. kMasked: exact zeros for ignored pixels, whose probabilities may be NaN.
-template <Labels kLabels, bool kKept, bool kMasked, bool kStream, int kVectors, bool kPartial, class Z, class Y,
+// forward. kFinite: it is finite; otherwise an ignored pixel's probabilities may be NaN, and its gradient is put to
+// exact zeros. (Of soft labels no pixel is ignored, so nothing is known of their gradient.)
+template <Labels kLabels, bool kKept, bool kFinite, bool kStream, int kVectors, bool kPartial, class Z, class Y,
           class T>
 FUSEDLOSS_HOST_DEVICE void backward_vectors(const Classes<ComputeType<T>>& classes, const Z* z, int64_t z_stride,
                                             const Y* y, int64_t y_stride, int i, int count,
@@ -202,6 +203,7 @@ FUSEDLOSS_HOST_DEVICE void backward_vectors(const Classes<ComputeType<T>>& class
   using V = Vector<A>;
   using Label = math::Bits<V>;
   constexpr int lanes = kLanes<A>;
+  constexpr bool masked = kLabels != Labels::kSoft && !kFinite;
   const auto read = [&](const auto* p) {
     using P = std::remove_const_t<std::remove_pointer_t<decltype(p)>>;
     if constexpr (kPartial)
@@ -255,17 +257,17 @@ FUSEDLOSS_HOST_DEVICE void backward_vectors(const Classes<ComputeType<T>>& class
         }
       }
       value[v] = math::cross_entropy_logit_gradient<V>(g_times_a_over_sum[v], exponential, g_times_label_weight);
-      if constexpr (kMasked) value[v] = label[v] < math::Bits<A>(0) ? V{} : value[v];
+      if constexpr (masked) value[v] = label[v] < math::Bits<A>(0) ? V{} : value[v];
     }
-    write_gradient<kStream, kPartial>(gradient_row, value, count);
+    write_gradient<kStream, kPartial, kFinite>(gradient_row, value, count);
   }
 }
 
-template <Labels kLabels, bool kKept, bool kMasked, bool kStream, class Z, class Y, class T>
+template <Labels kLabels, bool kKept, bool kFinite, bool kStream, class Z, class Y, class T>
 void backward_tile(const Classes<ComputeType<T>>& classes, const Z* z, int64_t z_stride, const Y* y, int64_t y_stride,
                    int count, const BlockGradients<ComputeType<T>>& pixels, T* gradient, int64_t gradient_stride) {
   for_vectors<ComputeType<T>, 4>(count, [&](auto v, auto partial, int i, int n) {
-    backward_vectors<kLabels, kKept, kMasked, kStream, v(), partial()>(classes, z, z_stride, y, y_stride, i, n, pixels,
+    backward_vectors<kLabels, kKept, kFinite, kStream, v(), partial()>(classes, z, z_stride, y, y_stride, i, n, pixels,
                                                                        gradient, gradient_stride);
   });
 }

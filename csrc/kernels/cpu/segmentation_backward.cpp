@@ -118,6 +118,7 @@ void backward_index_labels(SegmentationBlock<T>& block, const ClassGradients<Com
   // Without smoothing a = w: (1 - 0) w + 0 times anything finite.
   const math::Smoothing<V> smoothing{splat<V>(classes.smoothing.label), splat<V>(classes.smoothing.every)};
   const V weight_sum = splat<V>(static_cast<A>(params.weight_sum));
+  V zero = {};  // NaN after a number that is not finite
   for (int i = 0; i < block.padded; i += kLanes<A>) {
     const V inverse_sum = load(pixels.inverse_sum + i), s = load(pixels.squared_error_scale + i);
     const V w = load(class_weight + i);
@@ -131,11 +132,17 @@ void backward_index_labels(SegmentationBlock<T>& block, const ClassGradients<Com
     store(pixels.common + i, terms.common);
     store(pixels.labelled + i, terms.labelled);
     store(pixels.smoothed + i, terms.smoothed);
+    // The sums over the classes are not finite where an exponential or a class's number is not.
+    zero += A(0) * (load(dot + i) + load(square + i) + s + w + terms.common + terms.labelled + terms.smoothed);
   }
+  const bool finite = sum_lanes<A>(zero) == 0.0;
   write_block(block, stream, [&](auto streamed, auto* gradient, int64_t gradient_stride) {
     with_terms([&](auto terms) {
-      index_label_gradient<terms(), streamed()>(classes, work.tile, work.stride, block.count, pixels, gradients,
-                                                gradient, gradient_stride);
+      const auto write = [&](auto is_finite) {
+        index_label_gradient<terms(), is_finite(), streamed()>(classes, work.tile, work.stride, block.count, pixels,
+                                                               gradients, gradient, gradient_stride);
+      };
+      finite ? write(Bool<true>{}) : write(Bool<false>{});
     });
   });
 }

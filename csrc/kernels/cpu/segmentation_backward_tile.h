@@ -120,8 +120,9 @@ void probabilities(const Classes<ComputeType<T>>& classes, const T* z, int64_t z
 }
 
 // Softmax, second visit, class indices: the gradient from the tile of exponentials, of which the pixels' weight, scale
-// and common number come over S (math/segmentation.h).
-template <IndexTerms kTerms, bool kStream, class T>
+// and common number come over S (math/segmentation.h). kFinite: it is finite; otherwise what is known of an ignored
+// pixel may be NaN, and its gradient is put to exact zeros.
+template <IndexTerms kTerms, bool kFinite, bool kStream, class T>
 void index_label_gradient(const Classes<ComputeType<T>>& classes, const ComputeType<T>* tile, int64_t stride, int count,
                           const SegmentationPixels<ComputeType<T>>& pixels,
                           const ClassGradients<ComputeType<T>>& gradients, T* gradient, int64_t gradient_stride) {
@@ -155,9 +156,9 @@ void index_label_gradient(const Classes<ComputeType<T>>& classes, const ComputeT
         const V more = label[v] == math::Bits<A>(c) ? labelled[v] : V{};
         value[v] = math::index_label_gradient<squared, all, V>(e, m[v], scale[v], w, d_predicted, common[v], more,
                                                                smoothed[v]);
-        value[v] = m[v] == A(0) ? V{} : value[v];
+        if constexpr (!kFinite) value[v] = m[v] == A(0) ? V{} : value[v];
       }
-      write_gradient<kStream, partial()>(gradient_row, value, left);
+      write_gradient<kStream, partial(), kFinite>(gradient_row, value, left);
     }
   });
 }
@@ -197,7 +198,7 @@ void soft_label_gradient(const Classes<ComputeType<T>>& classes, const ComputeTy
                                                 common[v], smoothed[v]);
         value[v] = m[v] == A(0) ? V{} : value[v];
       }
-      write_gradient<kStream, partial()>(gradient_row, value, left);
+      write_gradient<kStream, partial(), false>(gradient_row, value, left);
     }
   });
 }
@@ -221,8 +222,9 @@ FUSEDLOSS_INTERLEAVED void gradient_of_each(const Classes<ComputeType<T>>& class
     T* gradient_row = gradient + c * gradient_stride;
     const A w = classes.weight_of(c);
     const A w_positive = pos_weight == nullptr ? A(1) : pos_weight[c];
-    const A d_intersection = gradients.d_intersection[c];
-    const A d_predicted = gradients.d_predicted[c];
+    // The only NaN of the even and odd ones that may have a lower half.
+    const A d_intersection = plain_nan(gradients.d_intersection[c]);
+    const A d_predicted = plain_nan(gradients.d_predicted[c]);
     for_vectors<A, kEachVectors>(count, [&](auto vectors, auto partial, int i, int left) {
       constexpr int n = vectors();
       // What is said of each pixel lies in their order.
@@ -270,7 +272,7 @@ FUSEDLOSS_INTERLEAVED void gradient_of_each(const Classes<ComputeType<T>>& class
 #pragma GCC unroll 2
         for (int v = 0; v < n; v += 2) store_even_odd<kStream>(gradient_row + i + v * lanes, value[v], value[v + 1]);
       } else {
-        write_gradient<kStream, partial()>(gradient_row + i, value, left);
+        write_gradient<kStream, partial(), false>(gradient_row + i, value, left);
       }
     });
   }

@@ -69,6 +69,31 @@ FUSEDLOSS_HOST_DEVICE cpu::FUSEDLOSS_LEVEL::Vector<float> minimum(cpu::FUSEDLOSS
                                                                   cpu::FUSEDLOSS_LEVEL::Vector<float> b) {
   return _mm512_maskz_min_ps(0xffff, a, b);
 }
+
+// The same as the general one, with four bits of the fraction from a table in a register: three coefficients in place
+// of six. Its error is 2e-9 before rounding, with the even terms balanced over |fraction| <= 1/32.
+template <>
+FUSEDLOSS_HOST_DEVICE cpu::FUSEDLOSS_LEVEL::Vector<float> exp(cpu::FUSEDLOSS_LEVEL::Vector<float> x) {
+  using V = cpu::FUSEDLOSS_LEVEL::Vector<float>;
+  using U = UnsignedBits<V>;
+  using K = Constants<V>;
+  // Bits of 2^(j / 16), less those that j itself adds below: `shifted` moved up holds it beside the exponent.
+  const U table = {0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+                   0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+  x = maximum<V>(splat<V>(K::exp_floor), x);
+  const V magic = splat<V>(K::round_magic / 16);  // rounds to a sixteenth
+  const V shifted = x * K::log2_e + magic;
+  const V fraction = x * K::log2_e - (shifted - magic);
+  const U bits = bit_cast<U>(shifted);
+  const U power = (U)_mm512_maskz_permutexvar_epi32(0xffff, (__m512i)bits, (__m512i)table) + (bits << 19);
+  V value = splat<V>(0.05550515f);
+  value = value * fraction + 0.24023429f;
+  value = value * fraction + 0.69314718f;
+  value = value * fraction + 1.0f;
+  // A product for the sake of NaN, as there; by its own instruction, because in a sum that is all that becomes of it
+  // GCC would not round it, and a loss would have other bits without a gradient than with one.
+  return _mm512_maskz_mul_ps(0xffff, value, bit_cast<V>(power));
+}
 #elif defined(__AVX2__)
 template <>
 FUSEDLOSS_HOST_DEVICE cpu::FUSEDLOSS_LEVEL::Vector<float> maximum(cpu::FUSEDLOSS_LEVEL::Vector<float> a,
@@ -105,6 +130,24 @@ FUSEDLOSS_HOST_DEVICE U round_to_bfloat16(V value) {
   const U rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   const U not_a_number = value == value ? U{} : ~U{};
   return rounded | not_a_number;
+}
+
+// The same in one instruction of six, of numbers without a NaN whose lower half is set: adding to that could carry
+// through all of its bits. A tie goes away from zero, which is as near.
+template <class V, class U>
+FUSEDLOSS_HOST_DEVICE U round_plain_to_bfloat16(V value) {
+  return math::bit_cast<U>(value) + 0x8000u;
+}
+
+template <class A>
+FUSEDLOSS_HOST_DEVICE A plain_nan(A value) {
+  return value == value ? value : static_cast<A>(__builtin_nan(""));
+}
+
+template <bool kPlain>
+FUSEDLOSS_HOST_DEVICE Vector<uint32_t> round_to_bfloat16(Vector<float> value) {
+  if constexpr (kPlain) return round_plain_to_bfloat16<Vector<float>, Vector<uint32_t>>(value);
+  return round_to_bfloat16<Vector<float>, Vector<uint32_t>>(value);
 }
 
 // V, U: as above.
@@ -152,9 +195,12 @@ FUSEDLOSS_HOST_DEVICE Vector<float> narrow(Vector<float> value, const float*) { 
 FUSEDLOSS_HOST_DEVICE Vector<double> narrow(Vector<double> value, const double*) { return value; }
 
 FUSEDLOSS_HOST_DEVICE Vector<float> widen(HalfBits half, const BFloat16*) {
-#if defined(__AVX512F__)  // here and below: GCC 12 spells the conversion in halves, five in place of one
-  const __m512i bits = _mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)half);
-  return math::bit_cast<Vector<float>>(bfloat16_to_float_bits((Vector<uint32_t>)bits));
+#if defined(__AVX512F__)  // one permutation that leaves zeros between; a conversion wants a shift besides
+  typedef VectorOf<uint16_t>::Type Words;
+  Words place;
+  for (int i = 0; i < 32; ++i) place[i] = static_cast<uint16_t>(i / 2);
+  const __m512i bits = _mm512_castsi256_si512((__m256i)half);
+  return (Vector<float>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)place, bits);
 #elif defined(__AVX2__)
   const __m256i bits = _mm256_cvtepu16_epi32((__m128i)half);
   return math::bit_cast<Vector<float>>(bfloat16_to_float_bits((Vector<uint32_t>)bits));
@@ -248,13 +294,13 @@ FUSEDLOSS_HOST_DEVICE void store_streaming(T* p, Vector<ComputeType<T>> value) {
 #endif
 }
 
-// Two vectors side by side. Streamed, p is aligned to kVectorBytes.
-template <class T, bool kStream>
+// Two vectors side by side. Streamed, p is aligned to kVectorBytes. kPlain: as round_plain_to_bfloat16() wants them.
+template <class T, bool kStream, bool kPlain>
 FUSEDLOSS_HOST_DEVICE void store_two(T* p, Vector<ComputeType<T>> first, Vector<ComputeType<T>> second) {
 #if defined(__AVX2__)
   if constexpr (std::is_same_v<T, BFloat16>) {
-    const Vector<uint32_t> low = round_to_bfloat16<Vector<float>, Vector<uint32_t>>(first);
-    const Vector<uint32_t> high = round_to_bfloat16<Vector<float>, Vector<uint32_t>>(second);
+    const Vector<uint32_t> low = round_to_bfloat16<kPlain>(first);
+    const Vector<uint32_t> high = round_to_bfloat16<kPlain>(second);
 #if defined(__AVX512F__)  // both upper halves by one permutation, and no shifts
     typedef VectorOf<uint16_t>::Type Words;
     Words odd;
@@ -285,10 +331,11 @@ FUSEDLOSS_HOST_DEVICE void load_even_odd(const BFloat16* p, Vector<float>& even,
   odd = math::bit_cast<Vector<float>>(words & 0xffff0000u);
 }
 
+// Numbers as round_plain_to_bfloat16() wants them.
 template <bool kStream>
 FUSEDLOSS_HOST_DEVICE void store_even_odd(BFloat16* p, Vector<float> even, Vector<float> odd) {
-  const Vector<uint32_t> low = round_to_bfloat16<Vector<float>, Vector<uint32_t>>(even) >> 16;
-  const Vector<uint32_t> high = round_to_bfloat16<Vector<float>, Vector<uint32_t>>(odd);
+  const Vector<uint32_t> low = round_to_bfloat16<true>(even) >> 16;
+  const Vector<uint32_t> high = round_to_bfloat16<true>(odd);
   store_bits<kStream>(p, low | (high & 0xffff0000u));
 }
 
@@ -388,11 +435,24 @@ FUSEDLOSS_HOST_DEVICE uint32_t equal_lanes(math::Bits<Vector<A>> a, math::Bits<V
 #endif
 }
 
+// By halves: one after the other, each addition would wait for the last.
+template <class V>
+FUSEDLOSS_HOST_DEVICE double sum_halves(V value) {
+  using E = std::remove_reference_t<decltype(value[0])>;
+  if constexpr (sizeof(V) == 2 * sizeof(E)) {
+    return static_cast<double>(value[0]) + static_cast<double>(value[1]);
+  } else {
+    constexpr int half = sizeof(V) / sizeof(E) / 2;
+    typename VectorOf<E, sizeof(V) / 2>::Type halves[2];
+    __builtin_memcpy(halves, &value, sizeof(V));
+    typedef typename VectorOf<double, half* static_cast<int>(sizeof(double))>::Type Sum;
+    return sum_halves(Sum(__builtin_convertvector(halves[0], Sum) + __builtin_convertvector(halves[1], Sum)));
+  }
+}
+
 template <class A>
 FUSEDLOSS_HOST_DEVICE double sum_lanes(Vector<A> value) {
-  double sum = 0;
-  for (int i = 0; i < kLanes<A>; ++i) sum += static_cast<double>(value[i]);
-  return sum;
+  return sum_halves(value);
 }
 
 template <class A>
