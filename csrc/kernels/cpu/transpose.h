@@ -27,6 +27,7 @@ template <class T>
 struct QuadOf
     : VectorOf<std::conditional_t<sizeof(T) == 2, uint16_t, T>, kQuad<ComputeType<T>>* static_cast<int>(sizeof(T))> {};
 
+// Named below whatever the compiler, so declared for GCC 11 too, where they have no bodies.
 template <class T>
 Vector<ComputeType<T>> load_quads(const T* p, int64_t step);
 template <int kFirst, class T>
