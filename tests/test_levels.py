@@ -90,6 +90,16 @@ def test_digits_of_the_exponential(dtype, level):
     assert (units <= 6 - x / 2).all()
 
 
+@pytest.mark.parametrize("classes", [150, 1000, 5000])
+def test_digits_of_a_squared_error_of_many_classes(classes, level):
+    """The label's share is almost 1, and each of thousands of others a few units of its last place."""
+    m = Maker(torch.float32)
+    input, labels = m.normal(2, classes, 70), m.labels(classes, 2, 70)
+    value = fusedloss.brier_loss(input, labels, reduction="none").double()
+    truth = fusedloss.reference.brier_loss(input.double(), labels, reduction="none")
+    assert ((value - truth).abs() <= 8 * torch.finfo(torch.float32).eps * truth).all()
+
+
 @each_dtype
 def test_elements_around_lanes_and_blocks(dtype, level):
     for elements in (*range(1, 71), 127, 129, 255, 257, 1023, 1025):
