@@ -343,6 +343,21 @@ def test_a_nan_stays_one_in_two_bytes(dtype, bits, source, kind, device):
         assert gradient.isnan().all(), name
 
 
+@each_dtype
+@pytest.mark.parametrize("weight", [math.inf, math.nan])
+@pytest.mark.parametrize("layout", ["planes", "rows"])
+def test_what_is_ignored_has_no_share_in_a_weight_that_is_no_number(dtype, weight, layout, device):
+    """Label smoothing gives each pixel that counts a share in every class's weight."""
+    m = Maker(dtype, device)
+    logits = m.normal(1, 4, 300) if layout == "planes" else m.normal(300, 4)
+    labels = torch.full((1, 300) if layout == "planes" else (300,), -100, device=device)
+    weights = torch.tensor([1.0, 1.0, weight, 1.0], dtype=dtype, device=device)
+    call = indices(logits, labels, weights, label_smoothing=0.1, reduction="sum")
+    value, gradients = evaluate(CROSS_ENTROPY.function, call, ["input"], torch.ones((), device=device))
+    assert value == 0
+    assert (gradients["input"] == 0).all()
+
+
 @pytest.mark.parametrize("special", SPECIAL.values(), ids=SPECIAL.keys())
 def test_special_logits_with_probabilities(special, device):
     m = Maker(torch.float32, device)

@@ -95,9 +95,9 @@ struct ElementaryConstants<double> {
 template <class Real>
 using Constants = ElementaryConstants<Element<Real>>;
 
-// e^x up to exp_ceiling, where it is infinite; exactly 0 from exp_floor down, NaN for NaN. The product with log2(e)
-// costs up to |x| / 2 units in the last place, which in a probability e^x <= 1 is an absolute error below the dtype's
-// rounding of 1.
+// e^x; infinite at exp_ceiling (for which nothing larger may be given), exactly 0 from exp_floor down, NaN for NaN. The
+// product with log2(e) costs up to |x| / 2 units in the last place, which in a probability e^x <= 1 is an absolute
+// error below the dtype's rounding of 1.
 template <class Real>
 FUSEDLOSS_HOST_DEVICE Real exp(Real x) {
   using K = Constants<Real>;
@@ -132,7 +132,7 @@ FUSEDLOSS_HOST_DEVICE Real log(Real x) {
   const B exponent = (bits - K::sqrt_half_bits) >> K::mantissa_bits;  // so that the mantissa is in [sqrt(1/2), sqrt(2))
   using U = UnsignedBits<Real>;
   const Real mantissa = bit_cast<Real>(bit_cast<U>(bits) - (bit_cast<U>(exponent) << K::mantissa_bits));
-  // An integer becomes a floating-point number by the same addition that exp2 takes apart.
+  // An integer becomes a floating-point number by the same addition that exp takes apart.
   const Real e = bit_cast<Real>(bit_cast<B>(splat<Real>(K::round_magic)) + exponent) - K::round_magic;
 
   const Real f = mantissa - Element<Real>(1);

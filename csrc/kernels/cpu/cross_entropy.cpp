@@ -113,7 +113,7 @@ struct alignas(64) BlockLabels {
       place[i] = label[i] < 0 ? math::Bits<A>(0) : label[i];
       weight[i] = label[i] < 0 ? A(0) : A(1);
     }
-    if (classes.weight == nullptr) return;  // or the loop above is one pixel after the other
+    if (classes.weight == nullptr) return;  // a look-up in the loop above would keep it from going by vectors
     for (int i = 0; i < count; ++i) weight[i] = label[i] < 0 ? A(0) : classes.weight[label[i]];
   }
 };
@@ -310,8 +310,8 @@ void read_pixel_gradient(const CrossEntropyParams& params, int64_t flat, int cou
   for (int i = 0; i < count; ++i) g[i] *= scale;
 }
 
-// Everything that the visits need to know of the block's pixels. False where one of them makes the gradient of class
-// indices other than finite, or would if it were not ignored.
+// Everything that the visits need to know of the block's pixels. False where NaN or infinity goes into the gradient of
+// class indices, or would if its pixel were not ignored.
 // maximum, sum: (count); labels: of index labels.
 template <Labels kLabels, class A>
 bool prepare_gradients(const CrossEntropyParams& params, const Classes<A>& classes, int64_t flat, int count,
@@ -333,8 +333,10 @@ bool prepare_gradients(const CrossEntropyParams& params, const Classes<A>& class
       const A a = kLabels == Labels::kIndex ? w : math::index_label_a<A>(classes.smoothing, w, weight_sum);
       pixels.g_times_a_over_sum[i] = ignored ? A(0) : g * a * pixels.inverse_sum[i];
       pixels.g_times_label[i] = g * classes.smoothing.label * w;
-      // S is not finite where a logit is not, and the other two where anything else is not.
-      const A all = sum[i] + pixels.g_times_a_over_sum[i] + pixels.g_times_label[i];
+      // S is not finite where a logit is not, and the next two where anything else of the pixel is not. Smoothing gives
+      // the weight of every class to every pixel.
+      A all = sum[i] + pixels.g_times_a_over_sum[i] + pixels.g_times_label[i];
+      if constexpr (kLabels == Labels::kIndexSmoothed) all += weight_sum;
       finite_count += all - all == A(0) && sum[i] > A(0);
     }
   }
@@ -343,7 +345,7 @@ bool prepare_gradients(const CrossEntropyParams& params, const Classes<A>& class
     pixels.g_times_a_over_sum[i] = pixels.g_times_label[i] = 0;
     pixels.label[i] = -1;
   }
-  return finite_count == count;
+  return kLabels == Labels::kSoft || finite_count == count;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

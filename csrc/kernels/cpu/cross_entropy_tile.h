@@ -171,7 +171,8 @@ void forward_tile(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_
   });
 }
 
-// Writes kVectors vectors of a row of the gradient; of a partial one the first `left` numbers. kPlain: of store_two().
+// Writes kVectors vectors of a row of the gradient; of a partial one the first `left` numbers. kPlain: of store_two(),
+// which writes whole pairs of vectors.
 template <bool kStream, bool kPartial, bool kPlain, class T, int kVectors>
 FUSEDLOSS_HOST_DEVICE void write_gradient(T* to, const Vector<ComputeType<T>> (&value)[kVectors], int left) {
   constexpr int lanes = kLanes<ComputeType<T>>;
@@ -191,8 +192,8 @@ FUSEDLOSS_HOST_DEVICE void write_gradient(T* to, const Vector<ComputeType<T>> (&
 }
 
 // The gradient of the logits. Z: what is read: logits (of type T), or with kKept their exponentials, kept by the
-// forward. kFinite: it is finite; otherwise an ignored pixel's probabilities may be NaN, and its gradient is put to
-// exact zeros. (Of soft labels no pixel is ignored, so nothing is known of their gradient.)
+// forward. kFinite: no NaN and no infinity goes in; otherwise an ignored pixel's probabilities may be NaN, and its
+// gradient is put to exact zeros. (Of soft labels no pixel is ignored, and nothing is known.)
 template <Labels kLabels, bool kKept, bool kFinite, bool kStream, int kVectors, bool kPartial, class Z, class Y,
           class T>
 FUSEDLOSS_HOST_DEVICE void backward_vectors(const Classes<ComputeType<T>>& classes, const Z* z, int64_t z_stride,

@@ -120,8 +120,8 @@ void probabilities(const Classes<ComputeType<T>>& classes, const T* z, int64_t z
 }
 
 // Softmax, second visit, class indices: the gradient from the tile of exponentials, of which the pixels' weight, scale
-// and common number come over S (math/segmentation.h). kFinite: it is finite; otherwise what is known of an ignored
-// pixel may be NaN, and its gradient is put to exact zeros.
+// and common number come over S (math/segmentation.h). kFinite: no NaN and no infinity goes in; otherwise what is
+// known of an ignored pixel may be NaN, and its gradient is put to exact zeros.
 template <IndexTerms kTerms, bool kFinite, bool kStream, class T>
 void index_label_gradient(const Classes<ComputeType<T>>& classes, const ComputeType<T>* tile, int64_t stride, int count,
                           const SegmentationPixels<ComputeType<T>>& pixels,
