@@ -203,26 +203,26 @@ class Block {
     }
   }
 
-  // Writes the gradient, which is finite or may not be. Uses up the tile.
+  // Writes the gradient; finite: what prepare_gradients() found. Uses up the tile.
   void backward(const BlockGradients<A>& pixels, bool finite, bool stream) {
     T* gradient = static_cast<T*>(params_.gradient) + offset_of(params_.gradient_layout, sample_, pixel_);
     const int64_t y_stride = params_.target_layout.class_stride;
     const int64_t gradient_stride = params_.gradient_layout.class_stride;
-    constexpr bool may_know = kLabels != Labels::kSoft;
+    using IfFinite = std::bool_constant<kLabels != Labels::kSoft>;
     A* tile = z_tile_;
     switch (visit_) {
       case Visit::kStrided: {
-        const auto write = [&](auto kept, auto finite, auto streamed, const auto* z, int64_t z_stride) {
-          backward_tile<kLabels, kept(), finite(), streamed()>(classes_, z, z_stride, y_, y_stride, count, pixels,
-                                                               gradient, gradient_stride);
+        const auto write = [&](auto kept, auto is_finite, auto streamed, const auto* z, int64_t z_stride) {
+          backward_tile<kLabels, kept(), is_finite(), streamed()>(classes_, z, z_stride, y_, y_stride, count, pixels,
+                                                                  gradient, gradient_stride);
         };
         const auto from = [&](auto kept, const auto* z, int64_t z_stride) {
           if (!finite) {
             write(kept, std::false_type{}, std::false_type{}, z, z_stride);
           } else if (stream && streaming_aligned(gradient)) {
-            write(kept, std::bool_constant<may_know>{}, std::bool_constant<kCanStream>{}, z, z_stride);
+            write(kept, IfFinite{}, std::bool_constant<kCanStream>{}, z, z_stride);
           } else {
-            write(kept, std::bool_constant<may_know>{}, std::false_type{}, z, z_stride);
+            write(kept, IfFinite{}, std::false_type{}, z, z_stride);
           }
         };
         if (kept_) {

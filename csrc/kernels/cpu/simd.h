@@ -147,22 +147,18 @@ FUSEDLOSS_HOST_DEVICE U round_to_bfloat16(V value) {
   return rounded | not_a_number;
 }
 
-// The same in one instruction in place of six, of numbers without a NaN whose lower half is set: adding to that could
-// carry through all of its bits. A tie goes away from zero, which is as near.
-template <class V, class U>
-FUSEDLOSS_HOST_DEVICE U round_plain_to_bfloat16(V value) {
-  return math::bit_cast<U>(value) + 0x8000u;
+// The same. kPlain: no NaN has bits set in its lower half. Then one instruction does in place of six; to those bits it
+// could carry through all of the number. A tie goes away from zero, which is as near.
+template <bool kPlain>
+FUSEDLOSS_HOST_DEVICE Vector<uint32_t> round_to_bfloat16(Vector<float> value) {
+  if constexpr (kPlain) return math::bit_cast<Vector<uint32_t>>(value) + 0x8000u;
+  return round_to_bfloat16<Vector<float>, Vector<uint32_t>>(value);
 }
 
+// A NaN becomes one that is plain in that sense.
 template <class A>
 FUSEDLOSS_HOST_DEVICE A plain_nan(A value) {
   return value == value ? value : static_cast<A>(__builtin_nan(""));
-}
-
-template <bool kPlain>
-FUSEDLOSS_HOST_DEVICE Vector<uint32_t> round_to_bfloat16(Vector<float> value) {
-  if constexpr (kPlain) return round_plain_to_bfloat16<Vector<float>, Vector<uint32_t>>(value);
-  return round_to_bfloat16<Vector<float>, Vector<uint32_t>>(value);
 }
 
 // V, U: as above.
@@ -309,7 +305,7 @@ FUSEDLOSS_HOST_DEVICE void store_streaming(T* p, Vector<ComputeType<T>> value) {
 #endif
 }
 
-// Two vectors side by side. Streamed, p is aligned to kVectorBytes. kPlain: as round_plain_to_bfloat16() wants them.
+// Two vectors side by side. Streamed, p is aligned to kVectorBytes. kPlain: of round_to_bfloat16().
 template <class T, bool kStream, bool kPlain>
 FUSEDLOSS_HOST_DEVICE void store_two(T* p, Vector<ComputeType<T>> first, Vector<ComputeType<T>> second) {
 #if defined(__AVX2__)
@@ -346,7 +342,7 @@ FUSEDLOSS_HOST_DEVICE void load_even_odd(const BFloat16* p, Vector<float>& even,
   odd = math::bit_cast<Vector<float>>(words & 0xffff0000u);
 }
 
-// Numbers as round_plain_to_bfloat16() wants them.
+// Numbers that are plain for round_to_bfloat16().
 template <bool kStream>
 FUSEDLOSS_HOST_DEVICE void store_even_odd(BFloat16* p, Vector<float> even, Vector<float> odd) {
   const Vector<uint32_t> low = round_to_bfloat16<true>(even) >> 16;
