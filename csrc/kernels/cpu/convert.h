@@ -83,7 +83,7 @@ int64_t read_labels(const void* source, DType dtype, int64_t first, int count, i
   with_label_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const T* p = static_cast<const T*>(source) + first;
-    prefetch_behind(p, count);
+    ask_ahead(p, count);
     int bad_count = 0;
     for (int i = 0; i < count; ++i) {
       const int64_t label = p[i];

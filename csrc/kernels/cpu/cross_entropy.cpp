@@ -176,8 +176,9 @@ class Block {
   void forward(BlockSums<A>& sums, bool keep) {
     const int64_t z_stride = params_.input_layout.class_stride;
     A* tile = z_tile_;
-    const Ahead<T> ahead = visit_ == Visit::kStrided ? Ahead<T>{z_ + count, z_stride}
-                                                     : Ahead<T>{z_ + count * params_.input_layout.pixel_stride, count};
+    const int64_t pixels = kBlocksAhead * count;
+    const Ahead<T> ahead = visit_ == Visit::kStrided ? Ahead<T>{z_ + pixels, z_stride}
+                                                     : Ahead<T>{z_ + pixels * params_.input_layout.pixel_stride, count};
     switch (visit_) {
       case Visit::kStrided: {
         const int64_t y_stride = params_.target_layout.class_stride;

@@ -52,16 +52,15 @@ struct alignas(64) BlockGradients {
   math::Bits<A> label[kBlock<A>];   // class, or -1 where ignored; index labels only
 };
 
-// Where the next block's logits lie. A visit asks for as many of them as it reads itself, a vector at a time: the
-// arithmetic between is time to fetch them in, which the hardware's prefetcher leaves unused. Of class-strided logits a
-// block has half a kilobyte of a class and then goes on to the next class, a megabyte away: too short a run for it.
-// Of class-innermost ones the classes say only when, not where. An address past the end is no fault.
+// Where the logits of a later block lie. A visit asks for as many of them as it reads itself, a vector at a time.
+// Of class-strided logits a block has half a kilobyte of a class and then goes on to the next class, a megabyte away:
+// too short a run for the hardware's prefetcher. Of class-innermost ones the classes say only when, not where.
 template <class T>
 struct Ahead {
   const T* logits;
   int64_t stride;  // from class to class
 
-  FUSEDLOSS_HOST_DEVICE void ask(int64_t c, int i) const { __builtin_prefetch(logits + c * stride + i); }
+  FUSEDLOSS_HOST_DEVICE void ask(int64_t c, int i) const { ask_for(logits + c * stride + i); }
 };
 
 // `kVectors` vectors of pixels from pixel `i` on; with kPartial one vector whose first `count` lanes are pixels.

@@ -154,8 +154,8 @@ void backward_softmax(SegmentationBlock<T>& block, const ClassGradients<ComputeT
   SegmentationPixels<A>& pixels = block.pixels;
   const A* maximum = static_cast<const A*>(params.maximum) + block.flat;
   const A* sum = static_cast<const A*>(params.sum) + block.flat;
-  prefetch_behind(maximum, block.count);
-  prefetch_behind(sum, block.count);
+  ask_ahead(maximum, block.count);
+  ask_ahead(sum, block.count);
   for (int i = 0; i < block.padded; ++i) {
     const bool inside = i < block.count;
     pixels.maximum[i] = inside ? maximum[i] : A(0);

@@ -158,8 +158,9 @@ struct SegmentationBlock {
   bool transposed() const { return params.input_layout.pixel_stride != 1; }
 
   Ahead<T> ahead() const {
-    if (transposed()) return {z + count * params.input_layout.pixel_stride, count};
-    return {z + count, params.input_layout.class_stride};
+    const int64_t pixels = kBlocksAhead * count;
+    if (transposed()) return {z + pixels * params.input_layout.pixel_stride, count};
+    return {z + pixels, params.input_layout.class_stride};
   }
 
   // Whether a pixel's weight may be other than 1.

@@ -350,14 +350,21 @@ FUSEDLOSS_HOST_DEVICE void store_even_odd(BFloat16* p, Vector<float> even, Vecto
   store_bits<kStream>(p, low | (high & 0xffff0000u));
 }
 
-// Asks for the `count` numbers that follow the `count` from p on, which the next block will read: the arithmetic in
-// between is time to fetch them in, and the hardware's prefetcher, a few lines ahead, leaves it unused. An address past
-// the end is no fault.
+// What a block reads is asked for while the block so many before it is computed: the arithmetic in between is time to
+// fetch it in, and the hardware's prefetcher, a few lines ahead, leaves it unused. One block is too little time, as a
+// core waits for few lines at once.
+constexpr int64_t kBlocksAhead = 3;
+
+// Asks for the line at p, into the L2 cache: the L1 cache is full of the block at hand, which would have to give way.
+// An address past the end is no fault.
+FUSEDLOSS_HOST_DEVICE void ask_for(const void* p) { __builtin_prefetch(p, /*rw=*/0, /*locality=*/2); }
+
+// Asks for what a later block reads where this one reads `count` numbers from p on.
 template <class T>
-FUSEDLOSS_HOST_DEVICE void prefetch_behind(const T* p, int64_t count) {
+FUSEDLOSS_HOST_DEVICE void ask_ahead(const T* p, int64_t count) {
   constexpr int64_t kLineBytes = 64;
-  const char* const from = reinterpret_cast<const char*>(p + count);
-  for (int64_t at = 0; at < count * static_cast<int64_t>(sizeof(T)); at += kLineBytes) __builtin_prefetch(from + at);
+  const char* const from = reinterpret_cast<const char*>(p + kBlocksAhead * count);
+  for (int64_t at = 0; at < count * static_cast<int64_t>(sizeof(T)); at += kLineBytes) ask_for(from + at);
 }
 
 // Outputs from this size on are streamed: about a core's share of the last-level cache.
