@@ -57,7 +57,7 @@ def test_small_calls(case, dtype, reduction, level):
 
 @each_dtype
 @pytest.mark.parametrize("layout", ["planes", "rows", "channels_last"])
-@pytest.mark.parametrize("classes", [2, 17, 150])
+@pytest.mark.parametrize("classes", [2, 5, 17, 150])
 def test_sizes_around_lanes_and_blocks(classes, layout, dtype, level):
     for pixels in (*range(1, 36), 63, 64, 65, 127, 128, 129, 257):
         m = Maker(dtype, seed=pixels)

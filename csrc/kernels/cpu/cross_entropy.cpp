@@ -36,10 +36,10 @@ inline Visit choose_visit(const CrossEntropyParams& params) {
   return params.classes <= kTileClasses ? Visit::kTransposed : Visit::kRows;
 }
 
-// Numbers in a class-major tile. tile_to_rows reads as many rows as a vector has lanes.
+// Numbers in a class-major tile.
 template <class A>
 int64_t tile_size(int64_t classes) {
-  return (classes > kLanes<A> ? classes : kLanes<A>)*kTileStride<A>;
+  return (classes > kLeastTileRows ? classes : kLeastTileRows) * kTileStride<A>;
 }
 
 // Tiles of the caller's: on the stack they would not fit a small thread's.
@@ -143,9 +143,10 @@ class Block {
       y_ = static_cast<const Y*>(params.target) + offset_of(params.target_layout, sample_, pixel_);
     }
     if (visit == Visit::kTransposed) {
-      rows_to_tile(z_, params.input_layout.pixel_stride, count, classes.count, z_tile_, kTileStride<A>);
+      const int64_t left = params.pixels - pixel_;
+      rows_to_tile(z_, params.input_layout.pixel_stride, count, left, classes.count, z_tile_, kTileStride<A>);
       if constexpr (kLabels == Labels::kSoft) {
-        rows_to_tile(y_, params.target_layout.pixel_stride, count, classes.count, y_tile_, kTileStride<A>);
+        rows_to_tile(y_, params.target_layout.pixel_stride, count, left, classes.count, y_tile_, kTileStride<A>);
       }
     }
   }
@@ -271,11 +272,11 @@ class Block {
     const int64_t stride = params_.gradient_layout.pixel_stride;
     const int classes = classes_.count;
     if (!stream || stride != classes || !streaming_aligned(gradient)) {
-      tile_to_rows(z_tile_, kTileStride<A>, count, classes, gradient, stride);
+      tile_to_rows(z_tile_, kTileStride<A>, count, count, classes, gradient, stride);
       return;
     }
     T* rows = reinterpret_cast<T*>(y_tile_);
-    tile_to_rows(z_tile_, kTileStride<A>, count, classes, rows, classes);
+    tile_to_rows(z_tile_, kTileStride<A>, count, kTileStride<A>, classes, rows, classes);
     stream_copy(gradient, rows, count * classes);
   }
 

@@ -29,11 +29,11 @@ void write_rows(const SegmentationBlock<T>& block, T* gradient, bool stream) {
   const int classes = block.classes.count;
   const int stride = static_cast<int>(work.stride);
   if (!stream || row_stride != classes || !streaming_aligned(gradient)) {
-    tile_to_rows(work.tile, stride, block.count, classes, gradient, row_stride);
+    tile_to_rows(work.tile, stride, block.count, block.count, classes, gradient, row_stride);
     return;
   }
   T* rows = reinterpret_cast<T*>(work.labels);
-  tile_to_rows(work.tile, stride, block.count, classes, rows, classes);
+  tile_to_rows(work.tile, stride, block.count, work.stride, classes, rows, classes);
   stream_copy(gradient, rows, block.count * classes);
 }
 

@@ -49,7 +49,7 @@ struct Workspace {
   OverlapSums<A> sums;
 
   static int64_t tile_bytes(int64_t classes) {
-    const int64_t rows = classes > kLanes<A> ? classes : kLanes<A>;  // tile_to_rows reads so many
+    const int64_t rows = classes > kLeastTileRows ? classes : kLeastTileRows;
     return rows * (block_width<A>(classes) + kLanes<A>)*static_cast<int64_t>(sizeof(A));
   }
   static int64_t sums_bytes(int64_t classes) { return classes * kVectorBytes; }
@@ -113,6 +113,7 @@ struct SegmentationBlock {
   const Workspace<A>& work;
   const int64_t sample;
   const int64_t pixel;
+  const int64_t left;  // pixels of the sample from there on
   const int64_t flat;  // position of the first pixel in (N, S)
   // Nothing to be said of each pixel: labels and logits are read where they lie, and sums or gradients are all that
   // becomes of them. Then neither `pixels` nor the tiles are touched.
@@ -134,6 +135,7 @@ struct SegmentationBlock {
         work(work),
         sample(chunk.sample),
         pixel(chunk.first + done),
+        left(params.pixels - pixel),
         flat(chunk.sample * params.pixels + pixel),
         plain(may_be_plain && lies_plain(params) && chunk.count - done >= kLanes<A>),
         count(block_count(plain, classes.count, chunk.count - done)),
@@ -150,7 +152,8 @@ struct SegmentationBlock {
       fill_labels();
     }
     if (transposed()) {
-      rows_to_tile(z, params.input_layout.pixel_stride, count, classes.count, work.tile, static_cast<int>(work.stride));
+      rows_to_tile(z, params.input_layout.pixel_stride, count, left, classes.count, work.tile,
+                   static_cast<int>(work.stride));
       zero_tail(work.tile);
     }
   }
@@ -288,7 +291,7 @@ struct SegmentationBlock {
       with_floating_type(params.target_dtype, [&](auto* type) {
         using Y = Pointee<decltype(type)>;
         if constexpr (std::is_same_v<ComputeType<Y>, A>) {
-          rows_to_tile(static_cast<const Y*>(params.target) + at, layout.pixel_stride, count, classes.count, tile,
+          rows_to_tile(static_cast<const Y*>(params.target) + at, layout.pixel_stride, count, left, classes.count, tile,
                        static_cast<int>(work.stride));
         }
       });

@@ -334,20 +334,37 @@ FUSEDLOSS_HOST_DEVICE void store_two(T* p, Vector<ComputeType<T>> first, Vector<
   }
 }
 
-// Two vectors of bfloat16 side by side, the numbers at even places and those at odd ones: each of the two takes one
-// instruction to get out of the words that they share, where one vector after the other takes two.
+// A vector of pairs of two-byte numbers, each pair in a word: the numbers at even places and those at odd ones. Of
+// bfloat16 each of the two takes one instruction, where two vectors side by side take two. The pointer says the type.
+FUSEDLOSS_HOST_DEVICE void part_pairs(Bits pairs, Vector<float>& even, Vector<float>& odd, const BFloat16*) {
+  even = math::bit_cast<Vector<float>>(bfloat16_to_float_bits(pairs));
+  odd = math::bit_cast<Vector<float>>(pairs & 0xffff0000u);
+}
+
+FUSEDLOSS_HOST_DEVICE void part_pairs(Bits pairs, Vector<float>& even, Vector<float>& odd, const Float16* type) {
+  even = widen(__builtin_convertvector(pairs, HalfBits), type);
+  odd = widen(__builtin_convertvector(pairs >> 16, HalfBits), type);
+}
+
+// kPlain: of round_to_bfloat16().
+template <bool kPlain>
+FUSEDLOSS_HOST_DEVICE Bits join_pairs(Vector<float> even, Vector<float> odd, const BFloat16*) {
+  return (round_to_bfloat16<kPlain>(even) >> 16) | (round_to_bfloat16<kPlain>(odd) & 0xffff0000u);
+}
+
+template <bool kPlain>
+FUSEDLOSS_HOST_DEVICE Bits join_pairs(Vector<float> even, Vector<float> odd, const Float16* type) {
+  return __builtin_convertvector(narrow(even, type), Bits) | (__builtin_convertvector(narrow(odd, type), Bits) << 16);
+}
+
 FUSEDLOSS_HOST_DEVICE void load_even_odd(const BFloat16* p, Vector<float>& even, Vector<float>& odd) {
-  const Vector<uint32_t> words = *reinterpret_cast<const VectorOf<uint32_t>::Memory*>(p);
-  even = math::bit_cast<Vector<float>>(bfloat16_to_float_bits(words));
-  odd = math::bit_cast<Vector<float>>(words & 0xffff0000u);
+  part_pairs(*reinterpret_cast<const VectorOf<uint32_t>::Memory*>(p), even, odd, p);
 }
 
 // Numbers that are plain for round_to_bfloat16().
 template <bool kStream>
 FUSEDLOSS_HOST_DEVICE void store_even_odd(BFloat16* p, Vector<float> even, Vector<float> odd) {
-  const Vector<uint32_t> low = round_to_bfloat16<true>(even) >> 16;
-  const Vector<uint32_t> high = round_to_bfloat16<true>(odd);
-  store_bits<kStream>(p, low | (high & 0xffff0000u));
+  store_bits<kStream>(p, join_pairs<true>(even, odd, p));
 }
 
 // What a block reads is asked for while the block so many before it is computed: the arithmetic in between is time to

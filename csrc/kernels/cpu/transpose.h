@@ -14,24 +14,26 @@ namespace {
 // ---------------------------------------------------------------------------------------------------------------------
 // Squares of quads
 //
-// A quad is 128 bits of a vector: within it numbers change places in one instruction, across quads they would take two,
-// and memory fills and empties quads one by one. So a square is as many classes as a quad has numbers, of as many
-// pixels as a vector has.
+// A quad is 128 bits of a vector: within it lanes change places in one instruction, across quads they would take two,
+// and memory fills and empties quads one by one. A square is the classes that a quad of memory holds, of as many pixels
+// as a vector has. Of a two-byte type a lane carries two classes, which part when the square is in the tile: half of
+// the shuffles and of the stores.
 
 template <class A>
-constexpr int kQuad = 16 / static_cast<int>(sizeof(A));  // numbers
+constexpr int kQuad = 16 / static_cast<int>(sizeof(A));  // lanes
 constexpr int kQuads = kVectorBytes / 16;                // in a vector
 
-// A quad's numbers in memory, as T.
 template <class T>
-struct QuadOf
-    : VectorOf<std::conditional_t<sizeof(T) == 2, uint16_t, T>, kQuad<ComputeType<T>>* static_cast<int>(sizeof(T))> {};
+constexpr int kSquareClasses = 16 / static_cast<int>(sizeof(T));
+
+// Rows that a tile has at least, for tile_to_rows() to read: the most classes of a square.
+constexpr int kLeastTileRows = kSquareClasses<BFloat16>;
 
 // Named below whatever the compiler, so declared for GCC 11 too, where they have no bodies.
-template <class T>
-Vector<ComputeType<T>> load_quads(const T* p, int64_t step);
-template <int kFirst, class T>
-void store_quad(T* p, Vector<ComputeType<T>> value);
+template <class A>
+Vector<A> load_quads(const void* p, int64_t step);
+template <int kFirst, class A>
+void store_quad(void* p, Vector<A> value);
 template <class A>
 void transpose_quads(Vector<A> (&rows)[kQuad<A>]);
 
@@ -57,28 +59,30 @@ FUSEDLOSS_HOST_DEVICE Vector<A> interleave(Vector<A> a, Vector<A> b, std::index_
       a, b, (int(kLane) / n * n + kHigh * n / 2 + int(kLane) % n / 2 + int(kLane) % 2 * kLanes<A>)...);
 }
 
-// The quads at p, p + step, ... as a vector.
-template <class T>
-FUSEDLOSS_HOST_DEVICE Vector<ComputeType<T>> load_quads(const T* p, int64_t step) {
-  constexpr int n = kQuad<ComputeType<T>>;
-  const auto quad = [&](int k) ->
-      typename QuadOf<T>::Type { return *reinterpret_cast<const typename QuadOf<T>::Memory*>(p + k * step); };
+// The quads at p, p + step bytes, ... as a vector.
+template <class A>
+FUSEDLOSS_HOST_DEVICE Vector<A> load_quads(const void* p, int64_t step) {
+  constexpr int n = kQuad<A>;
+  typedef VectorOf<A, 16> Quad;
+  const auto quad = [&](int k) -> typename Quad::Type {
+    return *reinterpret_cast<const typename Quad::Memory*>(static_cast<const char*>(p) + k * step);
+  };
   constexpr auto two = std::make_index_sequence<2 * n>{};
   if constexpr (kQuads == 1) {
-    return widen(quad(0), p);
+    return quad(0);
   } else if constexpr (kQuads == 2) {
-    return widen(join(quad(0), quad(1), two), p);
+    return join(quad(0), quad(1), two);
   } else {
     constexpr auto four = std::make_index_sequence<4 * n>{};
-    return widen(join(join(quad(0), quad(1), two), join(quad(2), quad(3), two), four), p);
+    return join(join(quad(0), quad(1), two), join(quad(2), quad(3), two), four);
   }
 }
 
 // Lanes kFirst, kFirst + 1, ... of a vector as a quad in memory.
-template <int kFirst, class T>
-FUSEDLOSS_HOST_DEVICE void store_quad(T* p, Vector<ComputeType<T>> value) {
-  constexpr auto lanes = std::make_index_sequence<kQuad<ComputeType<T>>>{};
-  *reinterpret_cast<typename QuadOf<T>::Memory*>(p) = lanes_from<kFirst>(narrow(value, p), lanes);
+template <int kFirst, class A>
+FUSEDLOSS_HOST_DEVICE void store_quad(void* p, Vector<A> value) {
+  constexpr auto lanes = std::make_index_sequence<kQuad<A>>{};
+  *reinterpret_cast<typename VectorOf<A, 16>::Memory*>(p) = lanes_from<kFirst>(value, lanes);
 }
 
 // In each quad: rows[i][k] <-> rows[k][i]. Interleaving row i with row i + n / 2 moves one bit of the row number into
@@ -106,17 +110,18 @@ constexpr bool kCanShuffle = false;
 // Calls square(first pixel, first class) for squares that cover the pixels [0, result) and all classes, and returns
 // result; the pixels from there on are left to a plain loop.
 //
-// Squares may overlap: with 21 classes in quads of 4, the last begins at class 17. With fewer classes than numbers in a
-// quad, one reaches into the next pixel, which must lie close behind (row_stride) and be among the `count`; it must be
-// harmless there, so a store goes by increasing pixel and is mended by that pixel's own.
-template <class A, class Square>
-FUSEDLOSS_HOST_DEVICE int for_squares(int64_t row_stride, int count, int classes, Square square) {
-  constexpr int n = kQuad<A>;
+// Squares may overlap: with 21 classes by fours, the last begins at class 17. With fewer classes than a square has, one
+// reaches into the next pixels, which must lie close behind (row_stride) and be among the `reach` ones, count or more;
+// it must be harmless there, so a store goes by increasing pixel and is mended by that pixel's own.
+template <class T, class Square>
+FUSEDLOSS_HOST_DEVICE int for_squares(int64_t row_stride, int count, int64_t reach, int classes, Square square) {
+  using A = ComputeType<T>;
+  constexpr int n = kSquareClasses<T>;
   if (row_stride < classes || (classes < n && row_stride != classes)) return 0;
   int i = 0;
-  // The last pixel of the square, read n numbers wide, ends within the block.
+  // The last pixel of the square, n numbers wide, ends within reach.
   const auto ends_within = [&](int last) {
-    return last < count && last * row_stride + (classes < n ? n : classes) <= count * row_stride;
+    return last < count && last * row_stride + (classes < n ? n : classes) <= reach * row_stride;
   };
   for (; ends_within(i + kLanes<A> - 1); i += kLanes<A>) {
     if (classes < n) {
@@ -131,20 +136,35 @@ FUSEDLOSS_HOST_DEVICE int for_squares(int64_t row_stride, int count, int classes
 // ---------------------------------------------------------------------------------------------------------------------
 // Tiles
 
-// tile[c * tile_stride + i] = rows[i * row_stride + c], i < count, c < classes.
+// tile[c * tile_stride + i] = rows[i * row_stride + c], i < count, c < classes. Of `readable` pixels, count or more,
+// the memory may be read.
 template <class T>
-void rows_to_tile(const T* rows, int64_t row_stride, int count, int classes, ComputeType<T>* tile, int tile_stride) {
+void rows_to_tile(const T* rows, int64_t row_stride, int count, int64_t readable, int classes, ComputeType<T>* tile,
+                  int tile_stride) {
   using A = ComputeType<T>;
   constexpr int n = kQuad<A>;
   int done = 0;
   if constexpr (kCanShuffle) {
-    done = for_squares<A>(row_stride, count, classes, [&](int i, int c) {
+    done = for_squares<T>(row_stride, count, readable, classes, [&](int i, int c) {
       Vector<A> square[n];
+      const int64_t step = n * row_stride * static_cast<int64_t>(sizeof(T));
 #pragma GCC unroll 4
-      for (int k = 0; k < n; ++k) square[k] = load_quads<T>(rows + (i + k) * row_stride + c, n * row_stride);
+      for (int k = 0; k < n; ++k) square[k] = load_quads<A>(rows + (i + k) * row_stride + c, step);
       transpose_quads<A>(square);
-      const int height = classes < n ? classes : n;
-      for (int k = 0; k < height; ++k) store<A>(tile + (c + k) * tile_stride + i, square[k]);
+      const auto put = [&](int k, Vector<A> value) {
+        if (k < classes) store<A>(tile + (c + k) * tile_stride + i, value);
+      };
+#pragma GCC unroll 4
+      for (int k = 0; k < n; ++k) {
+        if constexpr (sizeof(T) == 2) {
+          Vector<float> even, odd;
+          part_pairs(math::bit_cast<Bits>(square[k]), even, odd, rows);
+          put(2 * k, even);
+          put(2 * k + 1, odd);
+        } else {
+          put(k, square[k]);
+        }
+      }
     });
   }
   for (int i = done; i < count; ++i) {
@@ -152,23 +172,31 @@ void rows_to_tile(const T* rows, int64_t row_stride, int count, int classes, Com
   }
 }
 
-// rows[i * row_stride + c] = tile[c * tile_stride + i], i < count, c < classes. The tile has as many rows as a quad has
-// numbers, or more; what is read past `classes` is not kept.
+// rows[i * row_stride + c] = tile[c * tile_stride + i], i < count, c < classes. The tile has kLeastTileRows rows, or
+// more; what is read past `classes` is not kept. Of `writable` pixels, count or more, the memory may be written.
 template <class T>
-void tile_to_rows(const ComputeType<T>* tile, int tile_stride, int count, int classes, T* rows, int64_t row_stride) {
+void tile_to_rows(const ComputeType<T>* tile, int tile_stride, int count, int64_t writable, int classes, T* rows,
+                  int64_t row_stride) {
   using A = ComputeType<T>;
   constexpr int n = kQuad<A>;
   int done = 0;
   if constexpr (kCanShuffle) {
-    done = for_squares<A>(row_stride, count, classes, [&](int i, int c) {
+    done = for_squares<T>(row_stride, count, writable, classes, [&](int i, int c) {
       Vector<A> square[n];
+      const auto row = [&](int k) { return load<A>(tile + (c + k) * tile_stride + i); };
 #pragma GCC unroll 4
-      for (int k = 0; k < n; ++k) square[k] = load<A>(tile + (c + k) * tile_stride + i);
+      for (int k = 0; k < n; ++k) {
+        if constexpr (sizeof(T) == 2) {
+          square[k] = math::bit_cast<Vector<A>>(join_pairs<false>(row(2 * k), row(2 * k + 1), rows));
+        } else {
+          square[k] = row(k);
+        }
+      }
       transpose_quads<A>(square);
       const auto put = [&](auto quad) {
 #pragma GCC unroll 4
         for (int k = 0; k < n; ++k) {
-          store_quad<quad() * n>(rows + (i + quad() * n + k) * row_stride + c, square[k]);
+          store_quad<quad() * n, A>(rows + (i + quad() * n + k) * row_stride + c, square[k]);
         }
       };
       put(std::integral_constant<int, 0>{});
