@@ -177,9 +177,7 @@ class Block {
   void forward(BlockSums<A>& sums, bool keep) {
     const int64_t z_stride = params_.input_layout.class_stride;
     A* tile = z_tile_;
-    const int64_t pixels = kBlocksAhead * count;
-    const Ahead<T> ahead = visit_ == Visit::kStrided ? Ahead<T>{z_ + pixels, z_stride}
-                                                     : Ahead<T>{z_ + pixels * params_.input_layout.pixel_stride, count};
+    const Ahead<T> ahead{z_, params_.input_layout, count};
     switch (visit_) {
       case Visit::kStrided: {
         const int64_t y_stride = params_.target_layout.class_stride;

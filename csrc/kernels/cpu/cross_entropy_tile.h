@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels/cpu/simd.h"
+#include "kernels/cross_entropy.h"
 #include "math/cross_entropy.h"
 
 namespace fusedloss::cpu::FUSEDLOSS_LEVEL {
@@ -59,6 +60,11 @@ template <class T>
 struct Ahead {
   const T* logits;
   int64_t stride;  // from class to class
+
+  // z: the logits of this block, `count` pixels.
+  FUSEDLOSS_HOST_DEVICE Ahead(const T* z, const LogitLayout& layout, int count)
+      : logits(z + kBlocksAhead * count * layout.pixel_stride),
+        stride(layout.pixel_stride == 1 ? layout.class_stride : count) {}
 
   FUSEDLOSS_HOST_DEVICE void ask(int64_t c, int i) const { ask_for(logits + c * stride + i); }
 };

@@ -160,11 +160,7 @@ struct SegmentationBlock {
 
   bool transposed() const { return params.input_layout.pixel_stride != 1; }
 
-  Ahead<T> ahead() const {
-    const int64_t pixels = kBlocksAhead * count;
-    if (transposed()) return {z + pixels * params.input_layout.pixel_stride, count};
-    return {z + pixels, params.input_layout.class_stride};
-  }
+  Ahead<T> ahead() const { return {z, params.input_layout, count}; }
 
   // Whether a pixel's weight may be other than 1.
   bool weighted() const { return params.pixel_weight != nullptr || !params.soft_labels; }

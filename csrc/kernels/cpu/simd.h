@@ -336,12 +336,12 @@ FUSEDLOSS_HOST_DEVICE void store_two(T* p, Vector<ComputeType<T>> first, Vector<
 
 // A vector of pairs of two-byte numbers, each pair in a word: the numbers at even places and those at odd ones. Of
 // bfloat16 each of the two takes one instruction, where two vectors side by side take two. The pointer says the type.
-FUSEDLOSS_HOST_DEVICE void part_pairs(Bits pairs, Vector<float>& even, Vector<float>& odd, const BFloat16*) {
+FUSEDLOSS_HOST_DEVICE void split_pairs(Bits pairs, Vector<float>& even, Vector<float>& odd, const BFloat16*) {
   even = math::bit_cast<Vector<float>>(bfloat16_to_float_bits(pairs));
   odd = math::bit_cast<Vector<float>>(pairs & 0xffff0000u);
 }
 
-FUSEDLOSS_HOST_DEVICE void part_pairs(Bits pairs, Vector<float>& even, Vector<float>& odd, const Float16* type) {
+FUSEDLOSS_HOST_DEVICE void split_pairs(Bits pairs, Vector<float>& even, Vector<float>& odd, const Float16* type) {
   even = widen(__builtin_convertvector(pairs, HalfBits), type);
   odd = widen(__builtin_convertvector(pairs >> 16, HalfBits), type);
 }
@@ -358,7 +358,7 @@ FUSEDLOSS_HOST_DEVICE Bits join_pairs(Vector<float> even, Vector<float> odd, con
 }
 
 FUSEDLOSS_HOST_DEVICE void load_even_odd(const BFloat16* p, Vector<float>& even, Vector<float>& odd) {
-  part_pairs(*reinterpret_cast<const VectorOf<uint32_t>::Memory*>(p), even, odd, p);
+  split_pairs(*reinterpret_cast<const VectorOf<uint32_t>::Memory*>(p), even, odd, p);
 }
 
 // Numbers that are plain for round_to_bfloat16().

@@ -16,7 +16,7 @@ namespace {
 //
 // A quad is 128 bits of a vector: within it lanes change places in one instruction, across quads they would take two,
 // and memory fills and empties quads one by one. A square is the classes that a quad of memory holds, of as many pixels
-// as a vector has. Of a two-byte type a lane carries two classes, which part when the square is in the tile: half of
+// as a vector has. Of a two-byte type a lane carries two classes, split when the square goes into the tile: half of
 // the shuffles and of the stores.
 
 template <class A>
@@ -158,7 +158,7 @@ void rows_to_tile(const T* rows, int64_t row_stride, int count, int64_t readable
       for (int k = 0; k < n; ++k) {
         if constexpr (sizeof(T) == 2) {
           Vector<float> even, odd;
-          part_pairs(math::bit_cast<Bits>(square[k]), even, odd, rows);
+          split_pairs(math::bit_cast<Bits>(square[k]), even, odd, rows);
           put(2 * k, even);
           put(2 * k + 1, odd);
         } else {
