@@ -18,6 +18,7 @@ IDLE_LOAD = 0.5  # average of the last minute; above it other programs were runn
 # Variables that change speed or memory; their values are words and numbers.
 SETTINGS = (
     "FUSEDLOSS_CPU_CAPABILITY",
+    "FUSEDLOSS_REUSE_MEMORY",
     "ATEN_CPU_CAPABILITY",
     "THP_MEM_ALLOC_ENABLE",
     "OMP_NUM_THREADS",

@@ -213,6 +213,22 @@ def no_garbage_collection() -> Iterator[None]:
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def memory_from_torch() -> Iterator[None]:
+    """While bytes are counted: what fusedloss keeps of an earlier gradient, and lends again, nobody would see."""
+    try:
+        import fusedloss
+    except ImportError:
+        yield
+        return
+    reuses = "memory reuse: on" in fusedloss.show_config()
+    fusedloss.set_memory_reuse(False)
+    try:
+        yield
+    finally:
+        fusedloss.set_memory_reuse(reuses)
+
+
 def peak_allocated_bytes(prepare: Prepare) -> int:
     """The most that torch's allocator has handed out during one call, above what it had handed out before.
 

@@ -70,7 +70,8 @@ def run(
         for one in passes:
             prepare = partial(one.prepare, loss, cases[name].input)
             subjects[name, one.name] = measure.warm_up(prepare, meter)
-            peaks[name, one.name] = meter.peak_allocated_bytes(prepare), meter.peak_resident_bytes(prepare)
+            with measure.memory_from_torch():
+                peaks[name, one.name] = meter.peak_allocated_bytes(prepare), meter.peak_resident_bytes(prepare)
     # Made after the peaks were measured, and only now: the fewer pages the system holds, the less it does in between.
     yardstick = floor.Floor(case.input.nbytes, device) if case.input.nbytes >= floor.SMALLEST_BYTES else None
     if yardstick is not None:

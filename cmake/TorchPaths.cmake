@@ -41,4 +41,5 @@ find_library(torch_cpu_library torch_cpu PATHS "${torch_dir}/lib" NO_DEFAULT_PAT
 add_library(fusedloss_torch INTERFACE)
 target_include_directories(fusedloss_torch SYSTEM INTERFACE "${torch_dir}/include")
 target_compile_definitions(fusedloss_torch INTERFACE TORCH_TARGET_VERSION=${FUSEDLOSS_TORCH_TARGET})
-target_link_libraries(fusedloss_torch INTERFACE "${torch_cpu_library}")
+find_package(Threads REQUIRED)
+target_link_libraries(fusedloss_torch INTERFACE "${torch_cpu_library}" Threads::Threads)

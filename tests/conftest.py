@@ -17,6 +17,7 @@ OF_THE_CPU = {
     "test_kept_gradient.py": "the CUDA kernels keep no gradient in the forward",
     "test_levels.py": "instruction-set levels are the CPU's",
     "test_memory.py": "the bytes of the CPU's allocator are counted; tests/test_cuda.py counts the GPU's",
+    "test_memory_reuse.py": "memory is kept on the CPU; on CUDA torch's allocator does so",
     "test_opcheck.py": "the private operations are called with what the CPU keeps",
     "test_fuzz.py": "a call with a bad label is expected to raise",
     "test_any_number_of_threads": "a kernel on a GPU has no number of threads",

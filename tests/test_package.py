@@ -32,6 +32,7 @@ PUBLIC = {
     "reference",
     "segmentation_loss",
     "set_label_checks",
+    "set_memory_reuse",
     "show_config",
     "soft_iou_loss",
     "tversky_loss",
@@ -63,6 +64,7 @@ OF_MODULE = "activation='softmax', ignore_index=-100"
 SIGNATURES = {
     "check_labels": "(device=None)",
     "set_label_checks": "(mode)",
+    "set_memory_reuse": "(enabled)",
     "cross_entropy": "(input, target, weight=None, *, ignore_index=-100, reduction='mean', label_smoothing=0.0)",
     "mse_loss": "(input, target, *, reduction='mean', weight=None)",
     "CrossEntropyLoss": "(weight=None, *, ignore_index=-100, reduction='mean', label_smoothing=0.0)",

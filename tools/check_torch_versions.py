@@ -58,6 +58,7 @@ QUICK = (
     "tests/test_backward.py",
     "tests/test_dtypes.py",
     "tests/test_memory.py",
+    "tests/test_memory_reuse.py",
     "tests/test_opcheck.py::test_opcheck",
     "tests/test_transforms.py::test_compile_gives_the_same_bits",
 )

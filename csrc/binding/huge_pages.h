@@ -9,6 +9,8 @@
 
 namespace fusedloss {
 
+constexpr int64_t kHugePage = int64_t{2} << 20;
+
 // From this size on an allocation has pages of its own that are worth asking for.
 constexpr int64_t kHugePageBytes = int64_t{4} << 20;
 

@@ -1,6 +1,6 @@
-// The extension module `fusedloss._C`: how this binary was built and which instruction-set level it runs.
-// No tensor passes through it; those go through the operators that the other sources of this library register.
-// It includes no torch header, because torch carries its own copy of pybind11.
+// The extension module `fusedloss._C`: how this binary was built, which instruction-set level it runs, whether memory
+// is reused. No tensor passes through it; those go through the operators that the other sources of this library
+// register. It includes no torch header, because torch carries its own copy of pybind11.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "binding/reused_memory.h"
 #include "build_info.h"
 #include "kernels/cpu/dispatch.h"
 
@@ -23,6 +24,11 @@ std::map<std::string, std::string> build_info() {
       {"cpu_levels", FUSEDLOSS_CPU_LEVELS}, {"cuda", FUSEDLOSS_CUDA},
       {"torch", FUSEDLOSS_TORCH_VERSION},   {"torch_minimum", FUSEDLOSS_TORCH_MINIMUM},
   };
+}
+
+const char* memory_reuse_refused() {
+  const char* const by_torch = reuse::refused_by_torch();
+  return by_torch != nullptr ? by_torch : reuse::refused_by_system();
 }
 
 std::vector<std::string> cpu_capabilities() {
@@ -59,10 +65,15 @@ void warn_about_refused_capability() {
 
 PYBIND11_MODULE(_C, module) {
   using namespace fusedloss;
-  module.doc() = "How fusedloss was built, and which instruction-set level it runs.";
+  module.doc() = "How fusedloss was built, which instruction-set level it runs, whether memory is reused.";
   module.def("build_info", &build_info, "How this binary was built.");
   module.def("cpu_capabilities", &cpu_capabilities, "Levels that this machine can run, lowest first.");
   module.def("get_cpu_capability", &cpu::capability, "The level in use.");
   module.def("set_cpu_capability", &set_cpu_capability, py::arg("name"), "Use this level from now on, in all threads.");
+  module.def("memory_reuse_refused", &memory_reuse_refused, "Why memory cannot be reused here, or None.");
+  module.def("reuses_memory", &reuse::is_enabled, "Whether memory is reused where it can be.");
+  module.def("set_memory_reuse", &reuse::set_enabled, py::arg("enabled"), "From now on, in all threads.");
+  module.def("idle_bytes", &reuse::idle_bytes, "Memory that waits for its next use.");
+  module.attr("LEAST_REUSED_BYTES") = reuse::kLeastBytes;
   warn_about_refused_capability();
 }

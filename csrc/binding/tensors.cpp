@@ -4,6 +4,14 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "binding/huge_pages.h"
+#include "binding/reused_memory.h"
+
+// torch has it from 2.11 on, and the headers of 2.10, the oldest that this binary runs under, do not name it. Weak, so
+// that it is null there.
+extern "C" AOTI_TORCH_EXPORT __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* tensor, int32_t layout, const uint8_t* opaque_metadata,
+    int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* context);
 
 namespace fusedloss {
 
@@ -61,16 +69,46 @@ Tensor allocate_on(int32_t device_type, int32_t device_index, const std::vector<
   return Tensor(handle);
 }
 
+// 0 where the number is too large: torch's allocator then says so.
+int64_t storage_bytes(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
+  int64_t elements = 1, bytes = 0;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 0) return 0;
+    int64_t more = 0;
+    if (__builtin_mul_overflow(sizes[d] - 1, strides[d], &more)) return 0;
+    if (__builtin_add_overflow(elements, more, &elements)) return 0;
+  }
+  const auto size = static_cast<int64_t>(aoti_torch_dtype_element_size(static_cast<int32_t>(dtype)));
+  return __builtin_mul_overflow(elements, size, &bytes) ? 0 : bytes;
+}
+
+// A tensor on the CPU whose loan ends when the last view of it dies.
+Tensor lent_tensor(const reuse::Loan& loan, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                   ScalarType dtype) {
+  constexpr int32_t no_index = -1;  // torch refuses 0
+  const auto end = [](void*, void* number) { reuse::give_back(reinterpret_cast<uintptr_t>(number)); };
+  AtenTensorHandle handle = nullptr;
+  const AOTITorchError error =
+      torch_from_blob(loan.data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), /*storage_offset=*/0,
+                      static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), no_index, &handle,
+                      aoti_torch_layout_strided(), nullptr, 0, end, reinterpret_cast<void*>(loan.number));
+  if (error != AOTI_TORCH_SUCCESS) reuse::give_back(loan.number);
+  TORCH_ERROR_CODE_CHECK(error);
+  return Tensor(handle);
+}
+
 }  // namespace
 
+const char* reuse::refused_by_torch() { return torch_from_blob == nullptr ? "torch is older than 2.11" : nullptr; }
+
 Tensor allocate(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
-  Tensor tensor = allocate_on(aoti_torch_device_type_cpu(), 0, sizes, strides, dtype);
-  int64_t elements = 1;
-  for (int64_t size : sizes) elements *= size;
-  if (elements >= kHugePageBytes / 8) {
-    const int64_t bytes = elements * (dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2);
-    advise_huge_pages(tensor.mutable_data_ptr(), bytes);
+  const int64_t bytes = storage_bytes(sizes, strides, dtype);
+  if (bytes >= reuse::kLeastBytes && reuse::refused_by_torch() == nullptr) {
+    const reuse::Loan loan = reuse::lend(bytes);
+    if (loan.data != nullptr) return lent_tensor(loan, sizes, strides, dtype);
   }
+  Tensor tensor = allocate_on(aoti_torch_device_type_cpu(), 0, sizes, strides, dtype);
+  if (bytes >= kHugePageBytes) advise_huge_pages(tensor.mutable_data_ptr(), bytes);
   return tensor;
 }
 

@@ -44,8 +44,9 @@ Reduction reduction_of(int64_t value, const char* op);
 enum class Keep : int { kNothing = 0, kStatistics = 1, kGradient = 2 };
 Keep keep_of(int64_t value, const char* op);
 
-// A tensor on the CPU that is not initialized. Large ones ask for huge pages: the first write to a fresh 4 KiB page
-// costs a fault, which was two thirds of the backward pass (docs/performance.md).
+// A tensor on the CPU that is not initialized. Large ones ask for huge pages, since the first write to a fresh 4 KiB
+// page costs a fault (two thirds of the backward pass, docs/performance.md), and larger ones reuse memory
+// (reused_memory.h).
 Tensor allocate(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype);
 
 // The same on the device of `like`, of which nothing else counts.

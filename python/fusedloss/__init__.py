@@ -15,6 +15,7 @@ from fusedloss.functional import (
     tversky_loss,
 )
 from fusedloss.labels import check_labels, set_label_checks
+from fusedloss.memory import set_memory_reuse
 from fusedloss.modules import (
     BrierLoss,
     CrossEntropyLoss,
@@ -45,6 +46,7 @@ __all__ = [
     "reference",
     "segmentation_loss",
     "set_label_checks",
+    "set_memory_reuse",
     "show_config",
     "soft_iou_loss",
     "tversky_loss",

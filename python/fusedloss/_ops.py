@@ -38,6 +38,9 @@ SOFTMAX, SIGMOID, NO_ACTIVATION = 0, 1, 2
 KEEP_NOTHING, KEEP_STATISTICS, KEEP_GRADIENT = 0, 1, 2  # what a forward op gives as its second result
 
 
+set_memory_reuse: Callable[[bool], None] = _C.set_memory_reuse
+
+
 # --- the second library: CUDA kernels ---------------------------------------------------------------------------------
 
 
@@ -111,6 +114,8 @@ def show_config() -> str:
     lines.append(f"  running torch: {torch.__version__}")
     lines.append(f"  cpu capability: {_C.get_cpu_capability()} (of {', '.join(_C.cpu_capabilities())})")
     lines.append(f"  threads: {torch.get_num_threads()}")
+    refused = _C.memory_reuse_refused()
+    lines.append(f"  memory reuse: {f'none, as {refused}' if refused else 'on' if _C.reuses_memory() else 'off'}")
     lines.append(f"  cuda kernels: {f'none, as {CUDA_REFUSED}' if CUDA_REFUSED else 'loaded'}")
     if _host_library:
         lines.append(f"  cpu kernels: replaced for tests by {_host_library}")
