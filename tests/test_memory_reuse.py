@@ -286,6 +286,45 @@ def test_a_gradient_outlives_the_module():
     )
 
 
+@can_reuse
+def test_torch_compile():
+    """The compiler plans memory of its own. The gradient is right in each step."""
+    x, y = logits(), labels()
+    expected = torch.autograd.grad((fusedloss.cross_entropy(x * 2, y) + 1).square(), x)[0]
+    step = torch.compile(lambda x: (fusedloss.cross_entropy(x * 2, y) + 1).square(), fullgraph=True)
+    for _ in range(3):
+        x.grad = None
+        step(x).backward()
+        torch.testing.assert_close(x.grad, expected, rtol=1e-5, atol=0)
+    assert _C.idle_bytes() >= bytes_of(x)  # of the gradient of 2 x, which is ours
+
+
+@can_reuse
+def test_other_ways_to_hold_a_gradient():
+    x, y = logits(), labels()
+    expected = gradient(x, y).clone()
+    with torch.inference_mode():
+        fusedloss.cross_entropy(x, y, reduction="none")
+    held = gradient(x, y)
+    array = held.numpy()
+    exported = torch.from_dlpack(held.detach())
+    copy = torch.empty(0).set_(held.untyped_storage(), 0, held.shape, held.stride())
+    place = held.data_ptr()
+    del held
+    assert gradient(x, y).data_ptr() != place
+    assert torch.equal(torch.from_numpy(array), expected)
+    del array
+    assert gradient(x, y).data_ptr() != place
+    assert torch.equal(exported, expected)
+    del exported
+    assert gradient(x, y).data_ptr() != place
+    assert torch.equal(copy, expected)
+    del copy
+    shared = gradient(x, y).share_memory_()
+    assert torch.equal(shared, expected)
+    assert shared.is_shared()
+
+
 def run(program, **environment):
     environment = {**os.environ, **environment}
     command = [sys.executable, "-c", program]
