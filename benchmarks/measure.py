@@ -221,12 +221,11 @@ def memory_from_torch() -> Iterator[None]:
     except ImportError:
         yield
         return
-    reuses = "memory reuse: on" in fusedloss.show_config()
-    fusedloss.set_memory_reuse(False)
+    before = fusedloss.set_memory_reuse(False)
     try:
         yield
     finally:
-        fusedloss.set_memory_reuse(reuses)
+        fusedloss.set_memory_reuse(before)
 
 
 def peak_allocated_bytes(prepare: Prepare) -> int:

@@ -6,6 +6,7 @@ import io
 import math
 import sys
 from collections.abc import Mapping
+from functools import partial
 
 import pytest
 import torch
@@ -242,6 +243,19 @@ def small_memory(monkeypatch):
 
 
 # ---- sweeps ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_gradient_counts_also_where_its_memory_is_reused():
+    import fusedloss
+
+    x = torch.randn(1, 3, 2048, 2048, requires_grad=True)
+    labels = torch.zeros(1, 2048, 2048, dtype=torch.uint8)
+    prepare = partial(PASSES["both"].prepare, lambda input: fusedloss.cross_entropy(input, labels), x)
+    prepare(2)()
+    before = fusedloss.set_memory_reuse(True)
+    with measure.memory_from_torch():
+        assert x.nbytes <= measure.peak_allocated_bytes(prepare) < 1.1 * x.nbytes
+    assert fusedloss.set_memory_reuse(before) is True
 
 
 def test_the_sweep_of_classes_has_the_promised_sizes():

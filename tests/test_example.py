@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fusedloss import _C
+
 
 @pytest.mark.parametrize("terms", [("ce",), ("iou",), ("brier",), ("ce", "iou"), ("ce", "iou", "brier")], ids="+".join)
 def test_both_losses_of_the_example_agree(terms, monkeypatch):
@@ -24,3 +26,17 @@ def test_both_losses_of_the_example_agree(terms, monkeypatch):
     )
     torch.testing.assert_close(fused, plain, rtol=0, atol=1e-5)
     torch.testing.assert_close(fused_terms, plain_terms, rtol=0, atol=1e-5)
+
+
+def test_the_example_counts_the_gradient(monkeypatch):
+    """Also one so large that its memory is reused, which torch's profiler does not see."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    monkeypatch.delitem(sys.modules, "losses", raising=False)
+    from losses import make_loss, peak_bytes
+
+    loss = make_loss("fused", ("ce",), weight=None, ignore_index=255, label_smoothing=0.0, compile=False)
+    logits = torch.randn(1, 3, 2048, 2048)
+    assert logits.nbytes > _C.LEAST_REUSED_BYTES
+    assert (
+        logits.nbytes <= peak_bytes(loss, logits, torch.zeros(1, 2048, 2048, dtype=torch.uint8)) < 1.1 * logits.nbytes
+    )

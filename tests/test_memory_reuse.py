@@ -196,6 +196,11 @@ def test_what_is_kept_is_offered_to_the_system():
     assert torch.isfinite(alive).all()
 
 
+def test_the_setting_can_be_set_back():
+    assert fusedloss.set_memory_reuse(False) is True
+    assert fusedloss.set_memory_reuse(True) is False
+
+
 @can_reuse
 def test_threads():
     x, y = logits(), labels()

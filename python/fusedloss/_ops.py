@@ -39,6 +39,7 @@ KEEP_NOTHING, KEEP_STATISTICS, KEEP_GRADIENT = 0, 1, 2  # what a forward op give
 
 
 set_memory_reuse: Callable[[bool], None] = _C.set_memory_reuse
+reuses_memory: Callable[[], bool] = _C.reuses_memory
 
 
 # --- the second library: CUDA kernels ---------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ __all__ = ["set_memory_reuse"]
 VARIABLE = "FUSEDLOSS_REUSE_MEMORY"
 
 
-def set_memory_reuse(enabled: bool) -> None:
+def set_memory_reuse(enabled: bool) -> bool:
     """Choose whether the memory of a large tensor on the CPU, mostly a gradient, is kept for the next one.
 
     At first it is. The system clears each page that it hands out, which for a gradient that is made anew in each step
@@ -24,6 +24,9 @@ def set_memory_reuse(enabled: bool) -> None:
     Args:
         enabled: False: from now on memory comes from torch's allocator, and what is kept goes back to the system. True:
             memory is kept again. In all threads.
+
+    Returns:
+        Whether it was kept until now, to set it back.
 
     Raises:
         TypeError: `enabled` is not a bool.
@@ -37,12 +40,15 @@ def set_memory_reuse(enabled: bool) -> None:
         A tensor of such memory is as any other, but torch's profiler does not count it, its storage cannot be resized,
         and a process's resident memory, as the system reports it, includes what is kept until it is taken back.
 
-    >>> set_memory_reuse(False)
-    >>> set_memory_reuse(True)
+    >>> before = set_memory_reuse(False)
+    >>> set_memory_reuse(before)
+    False
     """
     if not isinstance(enabled, bool):
         raise TypeError(f"set_memory_reuse: `enabled` must be True or False, got {enabled!r}")
+    before = _ops.reuses_memory()
     _ops.set_memory_reuse(enabled)
+    return before
 
 
 def _follow_environment() -> None:
