@@ -16,6 +16,7 @@ pytest.importorskip("benchmarks")
 
 from rich.console import Console
 
+import fusedloss
 from benchmarks import __main__ as program
 from benchmarks import formulas, measure, results, sweeps, truth
 from benchmarks import run as one_run
@@ -246,8 +247,6 @@ def small_memory(monkeypatch):
 
 
 def test_the_gradient_counts_also_where_its_memory_is_reused():
-    import fusedloss
-
     x = torch.randn(1, 3, 2048, 2048, requires_grad=True)
     labels = torch.zeros(1, 2048, 2048, dtype=torch.uint8)
     prepare = partial(PASSES["both"].prepare, lambda input: fusedloss.cross_entropy(input, labels), x)

@@ -53,9 +53,9 @@ bool knows_offers() {
 }
 
 // What lies idle costs nobody his memory, but counts towards such limits.
-bool is_limited(int resource) {
+bool is_limited(decltype(RLIMIT_AS) resource) {  // an enumeration or int, as the C library has it
   rlimit limit;
-  return getrlimit(static_cast<__rlimit_resource_t>(resource), &limit) != 0 || limit.rlim_cur != RLIM_INFINITY;
+  return getrlimit(resource, &limit) != 0 || limit.rlim_cur != RLIM_INFINITY;
 }
 
 bool counts_commitments() {
@@ -74,12 +74,11 @@ class Blocks {
     // First of all, because giving back, which a destructor does, must not throw.
     lent_.reserve(lent_.size() + 1);
     idle_.reserve(idle_.size() + lent_.size() + 1);
-    const auto smaller = [](const Block& a, const Block& b) { return a.bytes < b.bytes; };
     // A small tensor would keep a large block from those who need it.
     const auto fits = [&](const Block& block) { return block.bytes >= wanted && block.bytes - wanted <= wanted / 4; };
     auto best = idle_.end();
     for (auto one = idle_.begin(); one != idle_.end(); ++one) {
-      if (fits(*one) && (best == idle_.end() || smaller(*one, *best))) best = one;
+      if (fits(*one) && (best == idle_.end() || one->bytes < best->bytes)) best = one;
     }
     Block block{nullptr, wanted, 0, generation_};
     if (best != idle_.end()) {

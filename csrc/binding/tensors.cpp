@@ -108,7 +108,7 @@ Tensor allocate(const std::vector<int64_t>& sizes, const std::vector<int64_t>& s
     if (loan.data != nullptr) return lent_tensor(loan, sizes, strides, dtype);
   }
   Tensor tensor = allocate_on(aoti_torch_device_type_cpu(), 0, sizes, strides, dtype);
-  if (bytes >= kHugePageBytes) advise_huge_pages(tensor.mutable_data_ptr(), bytes);
+  if (bytes >= kLeastAdvisedBytes) advise_huge_pages(tensor.mutable_data_ptr(), bytes);
   return tensor;
 }
 
