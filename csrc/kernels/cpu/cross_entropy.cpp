@@ -14,7 +14,7 @@
 #include "kernels/cpu/cross_entropy_row.h"
 #include "kernels/cpu/cross_entropy_tile.h"
 #include "kernels/cpu/kernels.h"
-#include "kernels/cpu/transpose.h"
+#include "kernels/cpu/write_gradient.h"
 
 namespace fusedloss::cpu::FUSEDLOSS_LEVEL {
 namespace {
@@ -39,12 +39,13 @@ inline Visit choose_visit(const CrossEntropyParams& params) {
 // Numbers in a class-major tile.
 template <class A>
 int64_t tile_size(int64_t classes) {
-  return (classes > kLeastTileRows ? classes : kLeastTileRows) * kTileStride<A>;
+  return classes * kTileStride<A>;
 }
 
 // Tiles of the caller's: on the stack they would not fit a small thread's.
-int tiles_in(Visit visit, int64_t classes) {
-  return visit == Visit::kTransposed ? 2 : visit == Visit::kStrided && classes <= kTileClasses ? 1 : 0;
+int tiles_in(Visit visit, const CrossEntropyParams& params) {
+  if (visit == Visit::kTransposed) return params.soft_labels ? 3 : 2;
+  return visit == Visit::kStrided && params.classes <= kTileClasses ? 1 : 0;
 }
 
 inline int64_t offset_of(const LogitLayout& layout, int64_t sample, int64_t pixel) {
@@ -138,7 +139,8 @@ class Block {
         pixel_(chunk.first + done),
         z_(static_cast<const T*>(params.input) + offset_of(params.input_layout, sample_, pixel_)),
         z_tile_(static_cast<A*>(scratch)),
-        y_tile_(z_tile_ + tile_size<A>(classes.count)) {
+        rows_(z_tile_ + tile_size<A>(classes.count)),
+        y_tile_(rows_ + tile_size<A>(classes.count)) {
     if constexpr (kLabels == Labels::kSoft) {
       y_ = static_cast<const Y*>(params.target) + offset_of(params.target_layout, sample_, pixel_);
     }
@@ -207,15 +209,15 @@ class Block {
   void backward(const BlockGradients<A>& pixels, bool finite, bool stream) {
     T* gradient = static_cast<T*>(params_.gradient) + offset_of(params_.gradient_layout, sample_, pixel_);
     const int64_t y_stride = params_.target_layout.class_stride;
-    const int64_t gradient_stride = params_.gradient_layout.class_stride;
-    using IfFinite = std::bool_constant<kLabels != Labels::kSoft>;
-    A* tile = z_tile_;
+    const A* tile = z_tile_;
     switch (visit_) {
       case Visit::kStrided: {
         const auto write = [&](auto kept, auto is_finite, auto streamed, const auto* z, int64_t z_stride) {
-          backward_tile<kLabels, kept(), is_finite(), streamed()>(classes_, z, z_stride, y_, y_stride, count, pixels,
-                                                                  gradient, gradient_stride);
+          gradient_to_classes<streamed(), is_finite()>(
+              logit_gradient<kLabels, kept(), is_finite()>(classes_, z, z_stride, y_, y_stride, pixels), count,
+              classes_.count, gradient, params_.gradient_layout.class_stride);
         };
+        using IfFinite = std::bool_constant<kLabels != Labels::kSoft>;
         const auto from = [&](auto kept, const auto* z, int64_t z_stride) {
           if (!finite) {
             write(kept, std::false_type{}, std::false_type{}, z, z_stride);
@@ -226,29 +228,27 @@ class Block {
           }
         };
         if (kept_) {
-          from(std::true_type{}, static_cast<const A*>(tile), kTileStride<A>);
+          from(std::true_type{}, tile, kTileStride<A>);
         } else {
           from(std::false_type{}, z_, params_.input_layout.class_stride);
         }
         break;
       }
       case Visit::kTransposed: {
-        // Logits or exponentials, then their gradient in the same place.
-        const auto write = [&](auto kept) {
+        const auto write = [&](auto kept, const auto* y, int64_t stride) {
+          gradient_to_rows(logit_gradient<kLabels, kept(), false>(classes_, tile, kTileStride<A>, y, stride, pixels),
+                           count, classes_.count,
+                           Rows<T>{gradient, params_.gradient_layout.pixel_stride, stream, reinterpret_cast<T*>(rows_),
+                                   z_tile_, kTileStride<A>});
+        };
+        const auto from = [&](auto kept) {
           if constexpr (kLabels == Labels::kSoft) {
-            backward_tile<kLabels, kept(), false, false>(classes_, tile, kTileStride<A>, y_tile_, kTileStride<A>, count,
-                                                         pixels, tile, kTileStride<A>);
+            write(kept, static_cast<const A*>(y_tile_), kTileStride<A>);
           } else {
-            backward_tile<kLabels, kept(), false, false>(classes_, tile, kTileStride<A>, y_, 0, count, pixels, tile,
-                                                         kTileStride<A>);
+            write(kept, y_, 0);
           }
         };
-        if (kept_) {
-          write(std::true_type{});
-        } else {
-          write(std::false_type{});
-        }
-        write_rows(gradient, stream);
+        kept_ ? from(std::true_type{}) : from(std::false_type{});
         break;
       }
       case Visit::kRows:
@@ -264,20 +264,6 @@ class Block {
   }
 
  private:
-  // The tile's gradient as rows. Where it is streamed, by way of the other tile, which is done with by now: the rows
-  // lie back to back, so whole vectors can be written, which a row of 21 numbers alone does not have.
-  void write_rows(T* gradient, bool stream) {
-    const int64_t stride = params_.gradient_layout.pixel_stride;
-    const int classes = classes_.count;
-    if (!stream || stride != classes || !streaming_aligned(gradient)) {
-      tile_to_rows(z_tile_, kTileStride<A>, count, count, classes, gradient, stride);
-      return;
-    }
-    T* rows = reinterpret_cast<T*>(y_tile_);
-    tile_to_rows(z_tile_, kTileStride<A>, count, kTileStride<A>, classes, rows, classes);
-    stream_copy(gradient, rows, count * classes);
-  }
-
   const T* row(int i) const { return z_ + i * params_.input_layout.pixel_stride; }
   const Y* label_row(int i) const {
     return kLabels == Labels::kSoft ? y_ + i * params_.target_layout.pixel_stride : nullptr;
@@ -291,7 +277,8 @@ class Block {
   const T* const z_;
   const Y* y_ = nullptr;
   bool kept_ = false;  // the tile holds exponentials
-  A* const z_tile_;    // kTransposed: logits; after forward: exponentials
+  A* const z_tile_;    // logits (kTransposed), then exponentials
+  A* const rows_;      // kTransposed: the gradient on its way to memory
   A* const y_tile_;    // kTransposed: soft labels
 };
 
@@ -531,7 +518,7 @@ using Pointee = std::remove_pointer_t<P>;
 }  // namespace
 
 int64_t cross_entropy_scratch_bytes(const CrossEntropyParams& params) {
-  const int tiles = tiles_in(choose_visit(params), params.classes);
+  const int tiles = tiles_in(choose_visit(params), params);
   return tiles * (params.input_dtype == DType::kFloat64
                       ? tile_size<double>(params.classes) * static_cast<int64_t>(sizeof(double))
                       : tile_size<float>(params.classes) * static_cast<int64_t>(sizeof(float)));

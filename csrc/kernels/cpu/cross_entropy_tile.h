@@ -1,37 +1,14 @@
-// The visits to a class-major tile: class c of pixel i is at z[c * z_stride + i], so a vector holds neighboring pixels.
-//
-// A tile is one block of pixels, eight vectors wide: 512 bytes of each class row with AVX-512. So much of a row keeps
-// the hardware's prefetchers and the page table cache content also for 150 class rows; the second visit to the tile
-// then finds it in the L1 or L2 cache (docs/performance.md has the widths that were tried).
+// Cross-entropy's visits to a class-major tile (tile.h).
 #pragma once
 
-#include "kernels/cpu/simd.h"
-#include "kernels/cross_entropy.h"
+#include "kernels/cpu/tile.h"
 #include "math/cross_entropy.h"
 
 namespace fusedloss::cpu::FUSEDLOSS_LEVEL {
 namespace {
 
-template <class A>
-constexpr int kBlock = 8 * kLanes<A>;
-
-// From class to class in a tile of our own: one vector more than a block, so that its rows do not fall into the same
-// few cache sets.
-template <class A>
-constexpr int kTileStride = kBlock<A> + kLanes<A>;
-
 // Which sum over the classes the labels need beside sum exp: none, the smoothing's, or their own.
 enum class Labels { kIndex, kIndexSmoothed, kSoft };
-
-// What all pixels share.
-template <class A>
-struct Classes {
-  int count;        // C
-  const A* weight;  // (C,), or nullptr for ones
-  math::Smoothing<A> smoothing;
-
-  FUSEDLOSS_HOST_DEVICE A weight_of(int64_t c) const { return weight == nullptr ? A(1) : weight[c]; }
-};
 
 // Forward results of a block; math/cross_entropy.h says what they are.
 template <class A>
@@ -51,22 +28,6 @@ struct alignas(64) BlockGradients {
   A g_times_a_over_sum[kBlock<A>];  // G a / S; index labels only (soft labels sum a over their classes)
   A g_times_label[kBlock<A>];       // G (1 - e) w_y; index labels only
   math::Bits<A> label[kBlock<A>];   // class, or -1 where ignored; index labels only
-};
-
-// Where the logits of a later block lie. A visit asks for as many of them as it reads itself, a vector at a time.
-// Of class-strided logits a block has half a kilobyte of a class and then goes on to the next class, a megabyte away:
-// too short a run for the hardware's prefetcher. Of class-innermost ones the classes say only when, not where.
-template <class T>
-struct Ahead {
-  const T* logits;
-  int64_t stride;  // from class to class
-
-  // z: the logits of this block, `count` pixels.
-  FUSEDLOSS_HOST_DEVICE Ahead(const T* z, const LogitLayout& layout, int count)
-      : logits(z + kBlocksAhead * count * layout.pixel_stride),
-        stride(layout.pixel_stride == 1 ? layout.class_stride : count) {}
-
-  FUSEDLOSS_HOST_DEVICE void ask(int64_t c, int i) const { ask_for(logits + c * stride + i); }
 };
 
 // `kVectors` vectors of pixels from pixel `i` on; with kPartial one vector whose first `count` lanes are pixels.
@@ -128,42 +89,6 @@ FUSEDLOSS_HOST_DEVICE void forward_vectors(const Classes<ComputeType<T>>& classe
   }
 }
 
-// Calls visit(vectors, partial, first pixel, count) until `count` pixels are done; the first two are compile-time
-// constants (std::integral_constant). A whole block goes in steps of kVectors, a tail vector by vector.
-template <class A, int kVectors, class Visit>
-FUSEDLOSS_HOST_DEVICE void for_vectors(int count, Visit visit) {
-  int i = 0;
-  for (; i + kVectors * kLanes<A> <= count; i += kVectors * kLanes<A>) {
-    visit(std::integral_constant<int, kVectors>{}, std::false_type{}, i, kVectors * kLanes<A>);
-  }
-  for (; i + kLanes<A> <= count; i += kLanes<A>) {
-    visit(std::integral_constant<int, 1>{}, std::false_type{}, i, kLanes<A>);
-  }
-  if (i < count) visit(std::integral_constant<int, 1>{}, std::true_type{}, i, count - i);
-}
-
-// Calls visit(class, pixels) for each class among the labels of a vector of pixels; `pixels` is true where it is the
-// label. Neighboring pixels mostly have the same one (in CamVid, 1.2 classes in 16 pixels), and what is to be done
-// with the row of a class is done with whole vectors, where a loop over the pixels takes a dozen instructions for each.
-template <class A, class Visit>
-FUSEDLOSS_HOST_DEVICE void for_labels(const math::Bits<A>* labels, Visit visit) {
-  using B = math::Bits<Vector<A>>;
-  const B label = *reinterpret_cast<const typename VectorOf<math::Bits<A>>::Memory*>(labels);
-  for (uint32_t left = (1u << kLanes<A>)-1; left != 0;) {
-    const math::Bits<A> c = labels[__builtin_ctz(left)];
-    visit(static_cast<int64_t>(c), label == c);
-    left &= ~equal_lanes<A>(label, B{} + c);
-  }
-}
-
-// What read(c) gives for the class c that each of a vector of pixels is labelled with.
-template <class A, class Read>
-FUSEDLOSS_HOST_DEVICE Vector<A> of_labels(const math::Bits<A>* labels, Read read) {
-  Vector<A> value = {};
-  for_labels<A>(labels, [&](int64_t c, auto labelled) { value = labelled ? read(c) : value; });
-  return value;
-}
-
 template <Labels kLabels, bool kKeep, class T, class Y, class M>
 void forward_tile(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride, const Y* y, int64_t y_stride,
                   int count, BlockSums<ComputeType<T>>& out, ComputeType<T>* kept, int64_t kept_stride,
@@ -176,106 +101,90 @@ void forward_tile(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_
   });
 }
 
-// Writes kVectors vectors of a row of the gradient; of a partial one the first `left` numbers. kPlain: of store_two(),
-// which writes whole pairs of vectors.
-template <bool kStream, bool kPartial, bool kPlain, class T, int kVectors>
-FUSEDLOSS_HOST_DEVICE void write_gradient(T* to, const Vector<ComputeType<T>> (&value)[kVectors], int left) {
-  constexpr int lanes = kLanes<ComputeType<T>>;
-  if constexpr (kPartial) {
-    store_partial<T>(to, value[0], left);
-  } else {
-    constexpr int pairs = kVectors / 2 * 2;
-#pragma GCC unroll 4
-    for (int v = 0; v < pairs; v += 2) store_two<T, kStream, kPlain>(to + v * lanes, value[v], value[v + 1]);
-    if constexpr (kVectors == pairs) return;
-    if constexpr (kStream) {
-      store_streaming<T>(to + pairs * lanes, value[kVectors - 1]);
-    } else {
-      store<T>(to + pairs * lanes, value[kVectors - 1]);
-    }
-  }
-}
-
-// The gradient of the logits. Z: what is read: logits (of type T), or with kKept their exponentials, kept by the
-// forward. kFinite: no NaN and no infinity goes in; otherwise an ignored pixel's probabilities may be NaN, and its
-// gradient is put to exact zeros. (Of soft labels no pixel is ignored, and nothing is known.)
-template <Labels kLabels, bool kKept, bool kFinite, bool kStream, int kVectors, bool kPartial, class Z, class Y,
-          class T>
-FUSEDLOSS_HOST_DEVICE void backward_vectors(const Classes<ComputeType<T>>& classes, const Z* z, int64_t z_stride,
-                                            const Y* y, int64_t y_stride, int i, int count,
-                                            const BlockGradients<ComputeType<T>>& pixels, T* gradient,
-                                            int64_t gradient_stride) {
-  using A = ComputeType<T>;
+// The gradient of the logits of kVectors vectors of pixels from pixel i on; with kPartial of one vector whose first
+// `left` lanes are pixels. Z: what is read: logits, or with kKept their exponentials, kept by the forward. kFinite: no
+// NaN and no infinity goes in; otherwise an ignored pixel's probabilities may be NaN, and its gradient is put to exact
+// zeros. (Of soft labels no pixel is ignored, and nothing is known.)
+template <Labels kLabels, bool kKept, bool kFinite, int kVectors, bool kPartial, class Z, class Y>
+class LogitGradient {
+ public:
+  using A = ComputeType<Z>;
   using V = Vector<A>;
-  using Label = math::Bits<V>;
-  constexpr int lanes = kLanes<A>;
-  constexpr bool masked = kLabels != Labels::kSoft && !kFinite;
-  const auto read = [&](const auto* p) {
-    using P = std::remove_const_t<std::remove_pointer_t<decltype(p)>>;
-    if constexpr (kPartial)
-      return load_partial<P>(p, count, 0);
-    else
-      return load<P>(p);
-  };
 
-  V maximum[kVectors], g[kVectors], g_times_a_over_sum[kVectors], g_times_label[kVectors];
-  Label label[kVectors];
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) {
-    const int at = i + v * lanes;
-    if constexpr (!kKept) maximum[v] = load(pixels.maximum + at);
-    if constexpr (kLabels != Labels::kIndex) g[v] = load(pixels.g + at);
-    if constexpr (kLabels != Labels::kSoft) {
-      g_times_a_over_sum[v] = load(pixels.g_times_a_over_sum + at);
-      g_times_label[v] = load(pixels.g_times_label + at);
-      label[v] = *reinterpret_cast<const typename VectorOf<math::Bits<A>>::Memory*>(pixels.label + at);
-    }
-  }
-  if constexpr (kLabels == Labels::kSoft) {
-    V a[kVectors] = {};
-    for (int c = 0; c < classes.count; ++c) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        const V y_c = read(y + c * y_stride + i + v * lanes);
-        a[v] += math::soft_label_weight<V>(classes.smoothing, classes.weight_of(c), y_c);
-      }
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) g_times_a_over_sum[v] = g[v] * a[v] * load(pixels.inverse_sum + i + v * lanes);
-  }
-  for (int c = 0; c < classes.count; ++c) {
-    const Z* row = z + c * z_stride + i;
-    T* gradient_row = gradient + c * gradient_stride + i;
-    const A weight = kLabels == Labels::kIndex ? A(0) : classes.weight_of(c);
-    V value[kVectors];
+  FUSEDLOSS_HOST_DEVICE LogitGradient(const Classes<A>& classes, const Z* z, int64_t z_stride, const Y* y,
+                                      int64_t y_stride, int i, int left, const BlockGradients<A>& pixels)
+      : classes_(classes), z_(z + i), z_stride_(z_stride), y_(y + i), y_stride_(y_stride), left_(left) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      V exponential = read(row + v * lanes);
-      if constexpr (!kKept) exponential = math::exp_shifted<V>(exponential, maximum[v]);
-      V g_times_label_weight;
-      if constexpr (kLabels == Labels::kSoft) {
-        const V y_c = read(y + c * y_stride + i + v * lanes);
-        g_times_label_weight = g[v] * math::soft_label_weight<V>(classes.smoothing, weight, y_c);
-      } else {
-        g_times_label_weight = label[v] == math::Bits<A>(c) ? g_times_label[v] : V{};
-        if constexpr (kLabels == Labels::kIndexSmoothed) {
-          g_times_label_weight += g[v] * (classes.smoothing.every * weight);
+      const int at = i + v * kLanes<A>;
+      if constexpr (!kKept) maximum_[v] = load(pixels.maximum + at);
+      if constexpr (kLabels != Labels::kIndex) g_[v] = load(pixels.g + at);
+      if constexpr (kLabels != Labels::kSoft) {
+        g_times_a_over_sum_[v] = load(pixels.g_times_a_over_sum + at);
+        g_times_label_[v] = load(pixels.g_times_label + at);
+        label_[v] = load_labels<A>(pixels.label + at);
+      }
+    }
+    if constexpr (kLabels == Labels::kSoft) {
+      V a[kVectors] = {};
+      for (int64_t c = 0; c < classes.count; ++c) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          a[v] += math::soft_label_weight<V>(classes.smoothing, classes.weight_of(c), read(y_ + c * y_stride, v));
         }
       }
-      value[v] = math::cross_entropy_logit_gradient<V>(g_times_a_over_sum[v], exponential, g_times_label_weight);
-      if constexpr (masked) value[v] = label[v] < math::Bits<A>(0) ? V{} : value[v];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        g_times_a_over_sum_[v] = g_[v] * a[v] * load(pixels.inverse_sum + i + v * kLanes<A>);
+      }
     }
-    write_gradient<kStream, kPartial, kFinite>(gradient_row, value, count);
   }
-}
 
-template <Labels kLabels, bool kKept, bool kFinite, bool kStream, class Z, class Y, class T>
-void backward_tile(const Classes<ComputeType<T>>& classes, const Z* z, int64_t z_stride, const Y* y, int64_t y_stride,
-                   int count, const BlockGradients<ComputeType<T>>& pixels, T* gradient, int64_t gradient_stride) {
-  for_vectors<ComputeType<T>, 4>(count, [&](auto v, auto partial, int i, int n) {
-    backward_vectors<kLabels, kKept, kFinite, kStream, v(), partial()>(classes, z, z_stride, y, y_stride, i, n, pixels,
-                                                                       gradient, gradient_stride);
-  });
+  FUSEDLOSS_HOST_DEVICE void of_class(int64_t c, V (&value)[kVectors]) const {
+    const A weight = kLabels == Labels::kIndex ? A(0) : classes_.weight_of(c);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      V exponential = read(z_ + c * z_stride_, v);
+      if constexpr (!kKept) exponential = math::exp_shifted<V>(exponential, maximum_[v]);
+      V g_times_label_weight;
+      if constexpr (kLabels == Labels::kSoft) {
+        const V label = read(y_ + c * y_stride_, v);
+        g_times_label_weight = g_[v] * math::soft_label_weight<V>(classes_.smoothing, weight, label);
+      } else {
+        g_times_label_weight = label_[v] == math::Bits<A>(c) ? g_times_label_[v] : V{};
+        if constexpr (kLabels == Labels::kIndexSmoothed) {
+          g_times_label_weight += g_[v] * (classes_.smoothing.every * weight);
+        }
+      }
+      value[v] = math::cross_entropy_logit_gradient<V>(g_times_a_over_sum_[v], exponential, g_times_label_weight);
+      if constexpr (kLabels != Labels::kSoft && !kFinite) value[v] = label_[v] < math::Bits<A>(0) ? V{} : value[v];
+    }
+  }
+
+ private:
+  template <class P>
+  FUSEDLOSS_HOST_DEVICE V read(const P* row, int v) const {
+    return kPartial ? load_partial<P>(row, left_, 0) : load<P>(row + v * kLanes<A>);
+  }
+
+  const Classes<A>& classes_;
+  const Z* const z_;  // class c: z_stride further
+  const int64_t z_stride_;
+  const Y* const y_;  // soft labels only
+  const int64_t y_stride_;
+  const int left_;
+  V maximum_[kVectors], g_[kVectors], g_times_a_over_sum_[kVectors], g_times_label_[kVectors];
+  math::Bits<V> label_[kVectors];
+};
+
+// What gradient_to_classes() and gradient_to_rows() ask for.
+template <Labels kLabels, bool kKept, bool kFinite, class Z, class Y>
+auto logit_gradient(const Classes<ComputeType<Z>>& classes, const Z* z, int64_t z_stride, const Y* y, int64_t y_stride,
+                    const BlockGradients<ComputeType<Z>>& pixels) {
+  return [=, &classes, &pixels](auto vectors, auto partial, int i, int left) {
+    return LogitGradient<kLabels, kKept, kFinite, vectors(), partial(), Z, Y>(classes, z, z_stride, y, y_stride, i,
+                                                                              left, pixels);
+  };
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 //   1. per pixel: label, m
 //   2. softmax: a tile of exponentials or probabilities, and the sums over the classes that their gradient needs
 //   3. per pixel and class: the gradient
-// Written where it lies, or as the tile, which is then transposed.
+// Written class by class, or transposed on its way to class-innermost memory.
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/segmentation_backward_tile.h"
 #include "kernels/cpu/segmentation_block.h"
@@ -20,36 +20,31 @@ bool streams(const SegmentationParams& params) {
   return kCanStream && bytes >= kStreamingBytes && rows_aligned;
 }
 
-// The tile as rows of the gradient. Where it is streamed, by way of the label tile, which is done with by now.
+// Where a block's gradient goes.
 template <class T>
-void write_rows(const SegmentationBlock<T>& block, T* gradient, bool stream) {
-  using A = ComputeType<T>;
-  const Workspace<A>& work = block.work;
-  const int64_t row_stride = block.params.gradient_layout.pixel_stride;
-  const int classes = block.classes.count;
-  const int stride = static_cast<int>(work.stride);
-  if (!stream || row_stride != classes || !streaming_aligned(gradient)) {
-    tile_to_rows(work.tile, stride, block.count, block.count, classes, gradient, row_stride);
-    return;
-  }
-  T* rows = reinterpret_cast<T*>(work.labels);
-  tile_to_rows(work.tile, stride, block.count, work.stride, classes, rows, classes);
-  stream_copy(gradient, rows, block.count * classes);
+T* gradient_of(const SegmentationBlock<T>& block) {
+  return static_cast<T*>(block.params.gradient) + offset_of(block.params.gradient_layout, block.sample, block.pixel);
 }
 
-// Calls write(streams, gradient, stride from class to class) for where a block's gradient is computed to: memory, or
-// the tile, which then goes there.
-template <class T, class Write>
-void write_block(const SegmentationBlock<T>& block, bool stream, Write write) {
-  const LogitLayout& layout = block.params.gradient_layout;
-  T* gradient = static_cast<T*>(block.params.gradient) + offset_of(layout, block.sample, block.pixel);
+template <class T>
+Rows<T> rows_of(const SegmentationBlock<T>& block, bool stream) {
+  const auto& work = block.work;
+  return {
+      gradient_of(block), block.params.gradient_layout.pixel_stride, stream, reinterpret_cast<T*>(work.rows), work.tile,
+      work.stride};
+}
+
+// make: as in write_gradient.h; kFinite: of write_gradient().
+template <bool kFinite, class T, class Make>
+void write_block(const SegmentationBlock<T>& block, bool stream, Make make) {
+  T* const gradient = gradient_of(block);
+  const int64_t class_stride = block.params.gradient_layout.class_stride;
   if (block.transposed()) {
-    write(Bool<false>{}, block.work.tile, block.work.stride);
-    write_rows(block, gradient, stream);
+    gradient_to_rows(make, block.count, block.classes.count, rows_of(block, stream));
   } else if (stream && streaming_aligned(gradient)) {
-    write(Bool<kCanStream>{}, gradient, layout.class_stride);
+    gradient_to_classes<kCanStream, kFinite>(make, block.count, block.classes.count, gradient, class_stride);
   } else {
-    write(Bool<false>{}, gradient, layout.class_stride);
+    gradient_to_classes<false, kFinite>(make, block.count, block.classes.count, gradient, class_stride);
   }
 }
 
@@ -79,11 +74,10 @@ void backward_soft_labels(SegmentationBlock<T>& block, const ClassGradients<Comp
     pixels.common[i] = terms.common;
     pixels.smoothed[i] = terms.smoothed;
   }
-  write_block(block, stream, [&](auto streamed, auto* gradient, int64_t gradient_stride) {
-    with_labels([&](auto product, const auto* y, int64_t y_stride) {
-      soft_label_gradient<product(), streamed()>(classes, work.tile, work.stride, y, y_stride, block.count, pixels,
-                                                 gradients, gradient, gradient_stride);
-    });
+  with_labels([&](auto product, const auto* y, int64_t y_stride) {
+    write_block<false>(block, stream,
+                       soft_label_gradient<product()>(classes, static_cast<const A*>(work.tile), work.stride, y,
+                                                      y_stride, pixels, gradients));
   });
 }
 
@@ -136,14 +130,13 @@ void backward_index_labels(SegmentationBlock<T>& block, const ClassGradients<Com
     zero += A(0) * (load(dot + i) + load(square + i) + s + w + terms.common + terms.labelled + terms.smoothed);
   }
   const bool finite = sum_lanes<A>(zero) == 0.0;
-  write_block(block, stream, [&](auto streamed, auto* gradient, int64_t gradient_stride) {
-    with_terms([&](auto terms) {
-      const auto write = [&](auto is_finite) {
-        index_label_gradient<terms(), is_finite(), streamed()>(classes, work.tile, work.stride, block.count, pixels,
-                                                               gradients, gradient, gradient_stride);
-      };
-      finite ? write(Bool<true>{}) : write(Bool<false>{});
-    });
+  with_terms([&](auto terms) {
+    const auto write = [&](auto is_finite) {
+      write_block<is_finite()>(block, stream,
+                               index_label_gradient<terms(), is_finite()>(classes, static_cast<const A*>(work.tile),
+                                                                          work.stride, pixels, gradients));
+    };
+    finite ? write(Bool<true>{}) : write(Bool<false>{});
   });
 }
 
@@ -181,7 +174,7 @@ void backward_each(SegmentationBlock<T>& block, const ClassGradients<ComputeType
   }
   const bool product = params.intersection == Intersection::kProduct;
   block.with_logits([&](const auto* z, int64_t z_stride) {
-    write_block(block, stream, [&](auto streamed, auto* gradient, int64_t gradient_stride) {
+    const auto write = [&](auto streamed, auto* gradient, int64_t gradient_stride) {
       const auto run = [&](auto sigmoid, auto soft, auto is_product, auto weighted) {
         const auto with_terms = [&](auto full) {
           block.with_labels([&](const auto* y, int64_t y_stride) {
@@ -203,7 +196,18 @@ void backward_each(SegmentationBlock<T>& block, const ClassGradients<ComputeType
       } else {
         product ? with_weights(Bool<true>{}, Bool<true>{}) : with_weights(Bool<true>{}, Bool<false>{});
       }
-    });
+    };
+    T* const gradient = gradient_of(block);
+    const int64_t class_stride = params.gradient_layout.class_stride;
+    if (block.transposed()) {
+      write(Bool<false>{}, block.work.tile, block.work.stride);
+      gradient_to_rows(tile_gradient(static_cast<const A*>(block.work.tile), block.work.stride), block.count,
+                       block.classes.count, rows_of(block, stream));
+    } else if (stream && streaming_aligned(gradient)) {
+      write(Bool<kCanStream>{}, gradient, class_stride);
+    } else {
+      write(Bool<false>{}, gradient, class_stride);
+    }
   });
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels/cpu/segmentation_pixels.h"
+#include "kernels/cpu/write_gradient.h"
 #include "math/activation.h"
 #include "math/segmentation.h"
 
@@ -122,85 +123,112 @@ void probabilities(const Classes<ComputeType<T>>& classes, const T* z, int64_t z
 // Softmax, second visit, class indices: the gradient from the tile of exponentials, of which the pixels' weight, scale
 // and common number come over S (math/segmentation.h). kFinite: no NaN and no infinity goes in; otherwise what is
 // known of an ignored pixel may be NaN, and its gradient is put to exact zeros.
-template <IndexTerms kTerms, bool kFinite, bool kStream, class T>
-void index_label_gradient(const Classes<ComputeType<T>>& classes, const ComputeType<T>* tile, int64_t stride, int count,
-                          const SegmentationPixels<ComputeType<T>>& pixels,
-                          const ClassGradients<ComputeType<T>>& gradients, T* gradient, int64_t gradient_stride) {
-  using A = ComputeType<T>;
+template <IndexTerms kTerms, bool kFinite, int kVectors, class A>
+class IndexLabelGradient {
+ public:
   using V = Vector<A>;
-  constexpr int lanes = kLanes<A>;
-  constexpr bool squared = kTerms != IndexTerms::kNone, all = kTerms == IndexTerms::kAll;
-  for_vectors<A, 4>(count, [&](auto vectors, auto partial, int i, int left) {
-    constexpr int n = vectors();
-    V m[n], common[n], labelled[n], scale[n], smoothed[n];
-    math::Bits<V> label[n];
+
+  FUSEDLOSS_HOST_DEVICE IndexLabelGradient(const Classes<A>& classes, const A* tile, int64_t stride, int i,
+                                           const SegmentationPixels<A>& pixels, const ClassGradients<A>& gradients)
+      : classes_(classes), gradients_(gradients), tile_(tile + i), stride_(stride) {
 #pragma GCC unroll 4
-    for (int v = 0; v < n; ++v) {
-      const int at = i + v * lanes;
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = i + v * kLanes<A>;
       const V inverse_sum = load(pixels.inverse_sum + at);
-      m[v] = load(pixels.weight + at) * inverse_sum;
-      common[v] = load(pixels.common + at) * inverse_sum;
-      scale[v] = squared ? load(pixels.squared_error_scale + at) * inverse_sum : V{};
-      smoothed[v] = all ? load(pixels.smoothed + at) : V{};
-      labelled[v] = load(pixels.labelled + at);
-      label[v] = load_labels<A>(pixels.label + at);
+      m_[v] = load(pixels.weight + at) * inverse_sum;
+      common_[v] = load(pixels.common + at) * inverse_sum;
+      scale_[v] = kSquared ? load(pixels.squared_error_scale + at) * inverse_sum : V{};
+      smoothed_[v] = kAll ? load(pixels.smoothed + at) : V{};
+      labelled_[v] = load(pixels.labelled + at);
+      label_[v] = load_labels<A>(pixels.label + at);
     }
-    for (int c = 0; c < classes.count; ++c) {
-      T* gradient_row = gradient + c * gradient_stride + i;
-      const A d_predicted = gradients.d_predicted[c];
-      [[maybe_unused]] const A w = all ? classes.weight_of(c) : A(1);
-      V value[n];
+  }
+
+  FUSEDLOSS_HOST_DEVICE void of_class(int64_t c, V (&value)[kVectors]) const {
+    const A d_predicted = gradients_.d_predicted[c];
+    [[maybe_unused]] const A w = kAll ? classes_.weight_of(c) : A(1);
 #pragma GCC unroll 4
-      for (int v = 0; v < n; ++v) {
-        const V e = load(tile + c * stride + i + v * lanes);
-        const V more = label[v] == math::Bits<A>(c) ? labelled[v] : V{};
-        value[v] = math::index_label_gradient<squared, all, V>(e, m[v], scale[v], w, d_predicted, common[v], more,
-                                                               smoothed[v]);
-        if constexpr (!kFinite) value[v] = m[v] == A(0) ? V{} : value[v];
-      }
-      write_gradient<kStream, partial(), kFinite>(gradient_row, value, left);
+    for (int v = 0; v < kVectors; ++v) {
+      const V e = load(tile_ + c * stride_ + v * kLanes<A>);
+      const V more = label_[v] == math::Bits<A>(c) ? labelled_[v] : V{};
+      value[v] = math::index_label_gradient<kSquared, kAll, V>(e, m_[v], scale_[v], w, d_predicted, common_[v], more,
+                                                               smoothed_[v]);
+      if constexpr (!kFinite) value[v] = m_[v] == A(0) ? V{} : value[v];
     }
-  });
+  }
+
+ private:
+  static constexpr bool kSquared = kTerms != IndexTerms::kNone, kAll = kTerms == IndexTerms::kAll;
+
+  const Classes<A>& classes_;
+  const ClassGradients<A>& gradients_;
+  const A* const tile_;  // class c: stride further
+  const int64_t stride_;
+  V m_[kVectors], common_[kVectors], labelled_[kVectors], scale_[kVectors], smoothed_[kVectors];
+  math::Bits<V> label_[kVectors];
+};
+
+// What gradient_to_classes() and gradient_to_rows() ask for.
+template <IndexTerms kTerms, bool kFinite, class A>
+auto index_label_gradient(const Classes<A>& classes, const A* tile, int64_t stride, const SegmentationPixels<A>& pixels,
+                          const ClassGradients<A>& gradients) {
+  return [=, &classes, &pixels, &gradients](auto vectors, auto, int i, int) {
+    return IndexLabelGradient<kTerms, kFinite, vectors(), A>(classes, tile, stride, i, pixels, gradients);
+  };
 }
 
 // The same for soft labels, from the tile of probabilities.
-template <bool kProduct, bool kStream, class T, class Y>
-void soft_label_gradient(const Classes<ComputeType<T>>& classes, const ComputeType<T>* tile, int64_t stride, const Y* y,
-                         int64_t y_stride, int count, const SegmentationPixels<ComputeType<T>>& pixels,
-                         const ClassGradients<ComputeType<T>>& gradients, T* gradient, int64_t gradient_stride) {
-  using A = ComputeType<T>;
+template <bool kProduct, int kVectors, class A, class Y>
+class SoftLabelGradient {
+ public:
   using V = Vector<A>;
-  constexpr int lanes = kLanes<A>;
-  for_vectors<A, 4>(count, [&](auto vectors, auto partial, int i, int left) {
-    constexpr int n = vectors();
-    V m[n], common[n], scale[n], smoothed[n];
+
+  FUSEDLOSS_HOST_DEVICE SoftLabelGradient(const Classes<A>& classes, const A* tile, int64_t stride, const Y* y,
+                                          int64_t y_stride, int i, const SegmentationPixels<A>& pixels,
+                                          const ClassGradients<A>& gradients)
+      : classes_(classes), gradients_(gradients), tile_(tile + i), stride_(stride), y_(y + i), y_stride_(y_stride) {
 #pragma GCC unroll 4
-    for (int v = 0; v < n; ++v) {
-      const int at = i + v * lanes;
-      m[v] = load(pixels.weight + at);
-      common[v] = load(pixels.common + at);
-      scale[v] = load(pixels.squared_error_scale + at);
-      smoothed[v] = load(pixels.smoothed + at);
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = i + v * kLanes<A>;
+      m_[v] = load(pixels.weight + at);
+      common_[v] = load(pixels.common + at);
+      scale_[v] = load(pixels.squared_error_scale + at);
+      smoothed_[v] = load(pixels.smoothed + at);
     }
-    for (int c = 0; c < classes.count; ++c) {
-      T* gradient_row = gradient + c * gradient_stride + i;
-      const A d_predicted = gradients.d_predicted[c];
-      const A d_intersection = gradients.d_intersection[c];
-      const A w = classes.weight_of(c);
-      V value[n];
+  }
+
+  FUSEDLOSS_HOST_DEVICE void of_class(int64_t c, V (&value)[kVectors]) const {
+    const A d_predicted = gradients_.d_predicted[c];
+    const A d_intersection = gradients_.d_intersection[c];
+    const A w = classes_.weight_of(c);
 #pragma GCC unroll 4
-      for (int v = 0; v < n; ++v) {
-        const V p = load(tile + c * stride + i + v * lanes);
-        const V label = load<Y>(y + c * y_stride + i + v * lanes);
-        const V share = intersection_derivative<A, kProduct>(p, label);
-        const V g = math::probability_gradient<true, V>(p, label, share, scale[v], w, d_intersection, d_predicted);
-        value[v] = math::soft_label_gradient<V>(p, m[v], g, math::soft_label_weight<V>(classes.smoothing, w, label),
-                                                common[v], smoothed[v]);
-        value[v] = m[v] == A(0) ? V{} : value[v];
-      }
-      write_gradient<kStream, partial(), false>(gradient_row, value, left);
+    for (int v = 0; v < kVectors; ++v) {
+      const V p = load(tile_ + c * stride_ + v * kLanes<A>);
+      const V label = load<Y>(y_ + c * y_stride_ + v * kLanes<A>);
+      const V share = intersection_derivative<A, kProduct>(p, label);
+      const V g = math::probability_gradient<true, V>(p, label, share, scale_[v], w, d_intersection, d_predicted);
+      value[v] = math::soft_label_gradient<V>(p, m_[v], g, math::soft_label_weight<V>(classes_.smoothing, w, label),
+                                              common_[v], smoothed_[v]);
+      value[v] = m_[v] == A(0) ? V{} : value[v];
     }
-  });
+  }
+
+ private:
+  const Classes<A>& classes_;
+  const ClassGradients<A>& gradients_;
+  const A* const tile_;  // class c: stride further
+  const int64_t stride_;
+  const Y* const y_;
+  const int64_t y_stride_;
+  V m_[kVectors], common_[kVectors], scale_[kVectors], smoothed_[kVectors];
+};
+
+template <bool kProduct, class A, class Y>
+auto soft_label_gradient(const Classes<A>& classes, const A* tile, int64_t stride, const Y* y, int64_t y_stride,
+                         const SegmentationPixels<A>& pixels, const ClassGradients<A>& gradients) {
+  return [=, &classes, &pixels, &gradients](auto vectors, auto, int i, int) {
+    return SoftLabelGradient<kProduct, vectors(), A, Y>(classes, tile, stride, y, y_stride, i, pixels, gradients);
+  };
 }
 
 // Sigmoid, or no activation: the gradient from the logits, each class by itself. `smoothed` holds the incoming gradient

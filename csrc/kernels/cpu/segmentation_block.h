@@ -44,16 +44,16 @@ bool has_label_tile(const SegmentationParams& params) {
 template <class A>
 struct Workspace {
   int64_t stride;  // of the tiles, from class to class: one vector more than a block
-  A* tile;         // (C or lanes, stride)
-  A* labels;       // (C or lanes, stride), where has_label_tile; also the rows on their way to a streamed gradient
+  A* tile;         // (C, stride)
+  A* labels;       // (C, stride), where has_label_tile
+  A* rows;         // (stride, C), the gradient on its way to memory
   OverlapSums<A> sums;
 
   static int64_t tile_bytes(int64_t classes) {
-    const int64_t rows = classes > kLeastTileRows ? classes : kLeastTileRows;
-    return rows * (block_width<A>(classes) + kLanes<A>)*static_cast<int64_t>(sizeof(A));
+    return classes * (block_width<A>(classes) + kLanes<A>)*static_cast<int64_t>(sizeof(A));
   }
   static int64_t sums_bytes(int64_t classes) { return classes * kVectorBytes; }
-  static int64_t bytes(int64_t classes) { return 2 * tile_bytes(classes) + 3 * sums_bytes(classes); }
+  static int64_t bytes(int64_t classes) { return 3 * tile_bytes(classes) + 3 * sums_bytes(classes); }
 
   Workspace(void* scratch, int64_t classes) {
     stride = block_width<A>(classes) + kLanes<A>;
@@ -65,6 +65,7 @@ struct Workspace {
     };
     tile = reinterpret_cast<A*>(take(tile_bytes(classes)));
     labels = reinterpret_cast<A*>(take(tile_bytes(classes)));
+    rows = reinterpret_cast<A*>(take(tile_bytes(classes)));
     sums.intersection = reinterpret_cast<A*>(take(sums_bytes(classes)));
     sums.predicted = reinterpret_cast<A*>(take(sums_bytes(classes)));
     sums.labelled = reinterpret_cast<A*>(take(sums_bytes(classes)));

@@ -34,11 +34,6 @@ struct OverlapSums {
   A* labelled;      // (C, lanes)
 };
 
-template <class A>
-FUSEDLOSS_HOST_DEVICE math::Bits<Vector<A>> load_labels(const math::Bits<A>* p) {
-  return *reinterpret_cast<const typename VectorOf<math::Bits<A>>::Memory*>(p);
-}
-
 // The label of class c, of a vector of pixels from `at` on: one-hot, or a soft label; y_row: of class c.
 template <class A, bool kSoft, class Y>
 FUSEDLOSS_HOST_DEVICE Vector<A> label_at(const SegmentationPixels<A>& pixels, int at, const Y* y_row, int64_t c) {

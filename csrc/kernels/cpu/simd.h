@@ -29,8 +29,8 @@ constexpr int kVectorBytes = 16;  // SSE2, NEON
 template <class E, int kBytes = kVectorBytes>
 struct VectorOf {
   typedef E Type __attribute__((vector_size(kBytes)));
-  // For memory: any alignment, may alias.
-  typedef E Memory __attribute__((vector_size(kBytes), aligned(alignof(E)), may_alias));
+  // For memory: any alignment (pairs of two-byte numbers are read as words), may alias.
+  typedef E Memory __attribute__((vector_size(kBytes), aligned(1), may_alias));
 };
 
 template <class E>

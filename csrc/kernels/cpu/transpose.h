@@ -16,8 +16,9 @@ namespace {
 //
 // A quad is 128 bits of a vector: within it lanes change places in one instruction, across quads they would take two,
 // and memory fills and empties quads one by one. A square is the classes that a quad of memory holds, of as many pixels
-// as a vector has. Of a two-byte type a lane carries two classes, split when the square goes into the tile: half of
-// the shuffles and of the stores.
+// as a vector has; a wide one has twice the classes, which is half of the stores for one instruction more. Of a
+// two-byte type a lane carries two classes, split when the square goes into the tile: half of the shuffles and of the
+// stores.
 
 template <class A>
 constexpr int kQuad = 16 / static_cast<int>(sizeof(A));  // lanes
@@ -26,16 +27,15 @@ constexpr int kQuads = kVectorBytes / 16;                // in a vector
 template <class T>
 constexpr int kSquareClasses = 16 / static_cast<int>(sizeof(T));
 
-// Rows that a tile has at least, for tile_to_rows() to read: the most classes of a square.
-constexpr int kLeastTileRows = kSquareClasses<BFloat16>;
-
 // Named below whatever the compiler, so declared for GCC 11 too, where they have no bodies.
 template <class A>
 Vector<A> load_quads(const void* p, int64_t step);
-template <int kFirst, class A>
-void store_quad(void* p, Vector<A> value);
+template <int kPlace, int kCount, class A>
+void store_quads(void* p, Vector<A> value);
 template <class A>
 void transpose_quads(Vector<A> (&rows)[kQuad<A>]);
+template <class A>
+void pair_quads(Vector<A>& a, Vector<A>& b);
 
 // GCC has shufflevector from 12 on; with 11 the loops below move numbers one by one.
 #if defined(__clang__) || __GNUC__ >= 12
@@ -78,11 +78,11 @@ FUSEDLOSS_HOST_DEVICE Vector<A> load_quads(const void* p, int64_t step) {
   }
 }
 
-// Lanes kFirst, kFirst + 1, ... of a vector as a quad in memory.
-template <int kFirst, class A>
-FUSEDLOSS_HOST_DEVICE void store_quad(void* p, Vector<A> value) {
-  constexpr auto lanes = std::make_index_sequence<kQuad<A>>{};
-  *reinterpret_cast<typename VectorOf<A, 16>::Memory*>(p) = lanes_from<kFirst>(value, lanes);
+// kCount quads of a vector, from place kPlace on, into memory.
+template <int kPlace, int kCount, class A>
+FUSEDLOSS_HOST_DEVICE void store_quads(void* p, Vector<A> value) {
+  constexpr auto lanes = std::make_index_sequence<kCount * kQuad<A>>{};
+  *reinterpret_cast<typename VectorOf<A, 16 * kCount>::Memory*>(p) = lanes_from<kPlace * kQuad<A>>(value, lanes);
 }
 
 // In each quad: rows[i][k] <-> rows[k][i]. Interleaving row i with row i + n / 2 moves one bit of the row number into
@@ -103,112 +103,137 @@ FUSEDLOSS_HOST_DEVICE void transpose_quads(Vector<A> (&rows)[kQuad<A>]) {
     for (int i = 0; i < n; ++i) rows[i] = next[i];
   }
 }
+// Quads a0 b0 a1 b1 ... of the lower (kHigh = 0) or upper halves of a and b.
+template <int kHigh, class A, std::size_t... kLane>
+FUSEDLOSS_HOST_DEVICE Vector<A> interleave_quads(Vector<A> a, Vector<A> b, std::index_sequence<kLane...>) {
+  constexpr int n = kQuad<A>;
+  return __builtin_shufflevector(
+      a, b, (kHigh * kLanes<A> / 2 + int(kLane) / (2 * n) * n + int(kLane) % n + int(kLane) / n % 2 * kLanes<A>)...);
+}
+
+// a becomes the lower, b the upper of the two vectors that hold quads a0 b0 a1 b1 ...
+template <class A>
+FUSEDLOSS_HOST_DEVICE void pair_quads(Vector<A>& a, Vector<A>& b) {
+  constexpr auto lanes = std::make_index_sequence<kLanes<A>>{};
+  const Vector<A> lower = interleave_quads<0, A>(a, b, lanes);
+  b = interleave_quads<1, A>(a, b, lanes);
+  a = lower;
+}
 #else
 constexpr bool kCanShuffle = false;
 #endif
 
-// Calls square(first pixel, first class) for squares that cover the pixels [0, result) and all classes, and returns
-// result; the pixels from there on are left to a plain loop.
+// How many pixels, whole vectors of them, squares of the classes may cover; the others are left to a plain loop.
 //
-// Squares may overlap: with 21 classes by fours, the last begins at class 17. With fewer classes than a square has, one
-// reaches into the next pixels, which must lie close behind (row_stride) and be among the `reach` ones, count or more;
-// it must be harmless there, so a store goes by increasing pixel and is mended by that pixel's own.
-template <class T, class Square>
-FUSEDLOSS_HOST_DEVICE int for_squares(int64_t row_stride, int count, int64_t reach, int classes, Square square) {
-  using A = ComputeType<T>;
-  constexpr int n = kSquareClasses<T>;
-  if (row_stride < classes || (classes < n && row_stride != classes)) return 0;
-  int i = 0;
+// With fewer classes than a square has, one reaches into the next pixels, which must lie close behind (row_stride) and
+// be among the `reach` ones, count or more. It must be harmless there, so a store goes by increasing pixel and is
+// mended by that pixel's own.
+template <class T>
+int pixels_in_squares(int64_t row_stride, int count, int64_t reach, int classes) {
+  constexpr int lanes = kLanes<ComputeType<T>>, n = kSquareClasses<T>;
+  if (!kCanShuffle || row_stride < classes || (classes < n && row_stride != classes)) return 0;
   // The last pixel of the square, n numbers wide, ends within reach.
   const auto ends_within = [&](int last) {
     return last < count && last * row_stride + (classes < n ? n : classes) <= reach * row_stride;
   };
-  for (; ends_within(i + kLanes<A> - 1); i += kLanes<A>) {
-    if (classes < n) {
-      square(i, 0);
-      continue;
-    }
-    for (int c = 0; c < classes; c += n) square(i, c + n <= classes ? c : classes - n);
-  }
-  return i;
+  int covered = 0;
+  while (ends_within(covered + lanes - 1)) covered += lanes;
+  return covered;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Tiles
 
 // tile[c * tile_stride + i] = rows[i * row_stride + c], i < count, c < classes. Of `readable` pixels, count or more,
-// the memory may be read.
+// the memory may be read. Squares may overlap: with 21 classes by fours, the last begins at class 17.
 template <class T>
 void rows_to_tile(const T* rows, int64_t row_stride, int count, int64_t readable, int classes, ComputeType<T>* tile,
                   int tile_stride) {
   using A = ComputeType<T>;
-  constexpr int n = kQuad<A>;
-  int done = 0;
+  constexpr int n = kQuad<A>, width = kSquareClasses<T>;
+  const int covered = pixels_in_squares<T>(row_stride, count, readable, classes);
+  int i = 0;
   if constexpr (kCanShuffle) {
-    done = for_squares<T>(row_stride, count, readable, classes, [&](int i, int c) {
-      Vector<A> square[n];
-      const int64_t step = n * row_stride * static_cast<int64_t>(sizeof(T));
+    const int64_t step = n * row_stride * static_cast<int64_t>(sizeof(T));
+    for (; i < covered; i += kLanes<A>) {
+      for (int past = width; past < classes + width; past += width) {
+        const int c = classes < width ? 0 : (past < classes ? past : classes) - width;
+        Vector<A> square[n];
 #pragma GCC unroll 4
-      for (int k = 0; k < n; ++k) square[k] = load_quads<A>(rows + (i + k) * row_stride + c, step);
-      transpose_quads<A>(square);
-      const auto put = [&](int k, Vector<A> value) {
-        if (k < classes) store<A>(tile + (c + k) * tile_stride + i, value);
-      };
+        for (int k = 0; k < n; ++k) square[k] = load_quads<A>(rows + (i + k) * row_stride + c, step);
+        transpose_quads<A>(square);
+        A* const to = tile + static_cast<int64_t>(c) * tile_stride + i;
+        const auto put = [&](int k, Vector<A> value) {
+          if (k < classes) store<A>(to + k * tile_stride, value);
+        };
 #pragma GCC unroll 4
-      for (int k = 0; k < n; ++k) {
-        if constexpr (sizeof(T) == 2) {
-          Vector<float> even, odd;
-          split_pairs(math::bit_cast<Bits>(square[k]), even, odd, rows);
-          put(2 * k, even);
-          put(2 * k + 1, odd);
-        } else {
-          put(k, square[k]);
+        for (int k = 0; k < n; ++k) {
+          if constexpr (sizeof(T) == 2) {
+            Vector<float> even, odd;
+            split_pairs(math::bit_cast<Bits>(square[k]), even, odd, rows);
+            put(2 * k, even);
+            put(2 * k + 1, odd);
+          } else {
+            put(k, square[k]);
+          }
         }
       }
-    });
+    }
   }
-  for (int i = done; i < count; ++i) {
+  for (; i < count; ++i) {
     for (int c = 0; c < classes; ++c) tile[c * tile_stride + i] = load_one(rows + i * row_stride + c);
   }
 }
 
-// rows[i * row_stride + c] = tile[c * tile_stride + i], i < count, c < classes. The tile has kLeastTileRows rows, or
-// more; what is read past `classes` is not kept. Of `writable` pixels, count or more, the memory may be written.
-template <class T>
-void tile_to_rows(const ComputeType<T>* tile, int tile_stride, int count, int64_t writable, int classes, T* rows,
-                  int64_t row_stride) {
+// Writes kWide squares' classes, of as many pixels as a vector has, to `rows`; value(k): that of the k-th class.
+template <int kWide, class T, class Value>
+FUSEDLOSS_HOST_DEVICE void square_to_rows(Value value, T* rows, int64_t row_stride) {
   using A = ComputeType<T>;
   constexpr int n = kQuad<A>;
-  int done = 0;
-  if constexpr (kCanShuffle) {
-    done = for_squares<T>(row_stride, count, writable, classes, [&](int i, int c) {
-      Vector<A> square[n];
-      const auto row = [&](int k) { return load<A>(tile + (c + k) * tile_stride + i); };
+  Vector<A> square[kWide][n];
+#pragma GCC unroll 2
+  for (int w = 0; w < kWide; ++w) {
+#pragma GCC unroll 4
+    for (int k = 0; k < n; ++k) {
+      const int place = w * kSquareClasses<T> + k * kSquareClasses<T> / n;
+      if constexpr (sizeof(T) == 2) {
+        square[w][k] = math::bit_cast<Vector<A>>(join_pairs<false>(value(place), value(place + 1), rows));
+      } else {
+        square[w][k] = value(place);
+      }
+    }
+    transpose_quads<A>(square[w]);
+  }
+  // Row k of each group of n, from the vectors of one place in all groups.
+  const auto put = [&](auto group, auto vector, auto place) {
+    if constexpr (group() < kQuads) {
 #pragma GCC unroll 4
       for (int k = 0; k < n; ++k) {
-        if constexpr (sizeof(T) == 2) {
-          square[k] = math::bit_cast<Vector<A>>(join_pairs<false>(row(2 * k), row(2 * k + 1), rows));
-        } else {
-          square[k] = row(k);
-        }
+        store_quads<place(), kWide, A>(rows + (group() * n + k) * row_stride, square[vector()][k]);
       }
-      transpose_quads<A>(square);
-      const auto put = [&](auto quad) {
+    }
+  };
+  constexpr std::integral_constant<int, 0> zero{};
+  constexpr std::integral_constant<int, 1> one{};
+  constexpr std::integral_constant<int, 2> two{};
+  constexpr std::integral_constant<int, 3> three{};
+  if constexpr (kWide == 1) {
+    put(zero, zero, zero);
+    put(one, zero, one);
+    put(two, zero, two);
+    put(three, zero, three);
+  } else {
 #pragma GCC unroll 4
-        for (int k = 0; k < n; ++k) {
-          store_quad<quad() * n, A>(rows + (i + quad() * n + k) * row_stride + c, square[k]);
-        }
-      };
-      put(std::integral_constant<int, 0>{});
-      if constexpr (kQuads >= 2) put(std::integral_constant<int, 1>{});
-      if constexpr (kQuads >= 4) {
-        put(std::integral_constant<int, 2>{});
-        put(std::integral_constant<int, 3>{});
-      }
-    });
-  }
-  for (int i = done; i < count; ++i) {
-    for (int c = 0; c < classes; ++c) store_one(rows + i * row_stride + c, tile[c * tile_stride + i]);
+    for (int k = 0; k < n; ++k) pair_quads<A>(square[0][k], square[1][k]);
+    if constexpr (kQuads == 2) {
+      put(zero, zero, zero);
+      put(one, one, zero);
+    } else {
+      put(zero, zero, zero);
+      put(one, zero, two);
+      put(two, one, zero);
+      put(three, one, two);
+    }
   }
 }
 
