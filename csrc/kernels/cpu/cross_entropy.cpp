@@ -139,8 +139,9 @@ class Block {
         pixel_(chunk.first + done),
         z_(static_cast<const T*>(params.input) + offset_of(params.input_layout, sample_, pixel_)),
         z_tile_(static_cast<A*>(scratch)),
-        rows_(z_tile_ + tile_size<A>(classes.count)),
-        y_tile_(rows_ + tile_size<A>(classes.count)) {
+        rows_(visit == Visit::kTransposed ? z_tile_ + tile_size<A>(classes.count) : nullptr),
+        y_tile_(visit == Visit::kTransposed && kLabels == Labels::kSoft ? rows_ + tile_size<A>(classes.count)
+                                                                        : nullptr) {
     if constexpr (kLabels == Labels::kSoft) {
       y_ = static_cast<const Y*>(params.target) + offset_of(params.target_layout, sample_, pixel_);
     }

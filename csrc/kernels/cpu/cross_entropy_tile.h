@@ -113,7 +113,12 @@ class LogitGradient {
 
   FUSEDLOSS_HOST_DEVICE LogitGradient(const Classes<A>& classes, const Z* z, int64_t z_stride, const Y* y,
                                       int64_t y_stride, int i, int left, const BlockGradients<A>& pixels)
-      : classes_(classes), z_(z + i), z_stride_(z_stride), y_(y + i), y_stride_(y_stride), left_(left) {
+      : classes_(classes),
+        z_(z + i),
+        z_stride_(z_stride),
+        y_(kLabels == Labels::kSoft ? y + i : y),
+        y_stride_(y_stride),
+        left_(left) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const int at = i + v * kLanes<A>;

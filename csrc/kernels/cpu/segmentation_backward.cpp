@@ -34,7 +34,7 @@ Rows<T> rows_of(const SegmentationBlock<T>& block, bool stream) {
       work.stride};
 }
 
-// make: as in write_gradient.h; kFinite: of write_gradient().
+// make: as in write_gradient.h. kFinite: no NaN goes in, so that write_gradient() may be kPlain.
 template <bool kFinite, class T, class Make>
 void write_block(const SegmentationBlock<T>& block, bool stream, Make make) {
   T* const gradient = gradient_of(block);
@@ -201,8 +201,7 @@ void backward_each(SegmentationBlock<T>& block, const ClassGradients<ComputeType
     const int64_t class_stride = params.gradient_layout.class_stride;
     if (block.transposed()) {
       write(Bool<false>{}, block.work.tile, block.work.stride);
-      gradient_to_rows(tile_gradient(static_cast<const A*>(block.work.tile), block.work.stride), block.count,
-                       block.classes.count, rows_of(block, stream));
+      tile_to_rows(block.count, block.classes.count, rows_of(block, stream));
     } else if (stream && streaming_aligned(gradient)) {
       write(Bool<kCanStream>{}, gradient, class_stride);
     } else {

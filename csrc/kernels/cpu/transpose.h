@@ -37,7 +37,7 @@ void transpose_quads(Vector<A> (&rows)[kQuad<A>]);
 template <class A>
 void pair_quads(Vector<A>& a, Vector<A>& b);
 
-// GCC has shufflevector from 12 on; with 11 the loops below move numbers one by one.
+// GCC has shufflevector from 12 on; with 11 plain loops move numbers one by one.
 #if defined(__clang__) || __GNUC__ >= 12
 constexpr bool kCanShuffle = true;
 
@@ -103,6 +103,7 @@ FUSEDLOSS_HOST_DEVICE void transpose_quads(Vector<A> (&rows)[kQuad<A>]) {
     for (int i = 0; i < n; ++i) rows[i] = next[i];
   }
 }
+
 // Quads a0 b0 a1 b1 ... of the lower (kHigh = 0) or upper halves of a and b.
 template <int kHigh, class A, std::size_t... kLane>
 FUSEDLOSS_HOST_DEVICE Vector<A> interleave_quads(Vector<A> a, Vector<A> b, std::index_sequence<kLane...>) {
@@ -142,7 +143,7 @@ int pixels_in_squares(int64_t row_stride, int count, int64_t reach, int classes)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Tiles
+// Tiles in, rows out
 
 // tile[c * tile_stride + i] = rows[i * row_stride + c], i < count, c < classes. Of `readable` pixels, count or more,
 // the memory may be read. Squares may overlap: with 21 classes by fours, the last begins at class 17.
@@ -185,14 +186,15 @@ void rows_to_tile(const T* rows, int64_t row_stride, int count, int64_t readable
   }
 }
 
-// Writes kWide squares' classes, of as many pixels as a vector has, to `rows`; value(k): that of the k-th class.
-template <int kWide, class T, class Value>
+// Writes the classes of kSquares squares side by side, of as many pixels as a vector has, to `rows`; value(k): that of
+// the k-th class.
+template <int kSquares, class T, class Value>
 FUSEDLOSS_HOST_DEVICE void square_to_rows(Value value, T* rows, int64_t row_stride) {
   using A = ComputeType<T>;
   constexpr int n = kQuad<A>;
-  Vector<A> square[kWide][n];
+  Vector<A> square[kSquares][n];
 #pragma GCC unroll 2
-  for (int w = 0; w < kWide; ++w) {
+  for (int w = 0; w < kSquares; ++w) {
 #pragma GCC unroll 4
     for (int k = 0; k < n; ++k) {
       const int place = w * kSquareClasses<T> + k * kSquareClasses<T> / n;
@@ -204,12 +206,12 @@ FUSEDLOSS_HOST_DEVICE void square_to_rows(Value value, T* rows, int64_t row_stri
     }
     transpose_quads<A>(square[w]);
   }
-  // Row k of each group of n, from the vectors of one place in all groups.
+  // The n rows of one group of pixels: kSquares quads, from `place` on, of each of a square's vectors.
   const auto put = [&](auto group, auto vector, auto place) {
     if constexpr (group() < kQuads) {
 #pragma GCC unroll 4
       for (int k = 0; k < n; ++k) {
-        store_quads<place(), kWide, A>(rows + (group() * n + k) * row_stride, square[vector()][k]);
+        store_quads<place(), kSquares, A>(rows + (group() * n + k) * row_stride, square[vector()][k]);
       }
     }
   };
@@ -217,7 +219,7 @@ FUSEDLOSS_HOST_DEVICE void square_to_rows(Value value, T* rows, int64_t row_stri
   constexpr std::integral_constant<int, 1> one{};
   constexpr std::integral_constant<int, 2> two{};
   constexpr std::integral_constant<int, 3> three{};
-  if constexpr (kWide == 1) {
+  if constexpr (kSquares == 1) {
     put(zero, zero, zero);
     put(one, zero, one);
     put(two, zero, two);

@@ -34,7 +34,7 @@ FUSEDLOSS_HOST_DEVICE void write_gradient(T* to, const Vector<ComputeType<T>> (&
 template <bool kStream, bool kPlain, class T, class Make>
 void gradient_to_classes(Make make, int count, int classes, T* gradient, int64_t class_stride) {
   using A = ComputeType<T>;
-  // By value: what is written could be what a reference refers to, which would be read again after every store.
+  // By value: what is written could be what a reference refers to, so a stride would be read again after every store.
   for_vectors<A, 4>(count, [=](auto vectors, auto partial, int i, int left) {
     const auto of_pixels = make(vectors, partial, i, left);
     T* row = gradient + i;
@@ -117,29 +117,38 @@ struct Rows {
   T* gradient;
   int64_t row_stride;
   bool stream;
-  T* together;           // (kBlock + one vector, C)
+  T* together;           // (count + one vector, C) or more
   ComputeType<T>* tile;  // (C, tile_stride), may be what the gradient is computed from
   int64_t tile_stride;
 };
 
-// As rows. Where they are streamed they are put together first: a row of 21 numbers has no whole vector that could be
-// streamed, but rows lie back to back.
+// As rows, squares of which are written as they are computed. Where they are streamed they are put together first: a
+// row of 21 numbers has no whole vector that could be streamed, but rows lie back to back.
+template <class T, class Make>
+void gradient_by_squares(Make make, int count, int classes, const Rows<T>& to) {
+  if (to.stream && to.row_stride == classes && streaming_aligned(to.gradient)) {
+    gradient_to_squares(make, count, count + kLanes<ComputeType<T>>, classes, to.together, classes);
+    stream_copy(to.gradient, to.together, count * classes);
+  } else {
+    gradient_to_squares(make, count, count, classes, to.gradient, to.row_stride);
+  }
+}
+
+// As rows of what is in the tile already.
+template <class T>
+void tile_to_rows(int count, int classes, const Rows<T>& to) {
+  gradient_by_squares(tile_gradient(static_cast<const ComputeType<T>*>(to.tile), to.tile_stride), count, classes, to);
+}
+
+// As rows. Two-byte numbers go by way of the tile: they are rounded besides, which GCC 12 mixes badly with the gradient
+// (5 %).
 template <class T, class Make>
 void gradient_to_rows(Make make, int count, int classes, const Rows<T>& to) {
-  using A = ComputeType<T>;
-  const auto write = [&](auto make) {
-    if (to.stream && to.row_stride == classes && streaming_aligned(to.gradient)) {
-      gradient_to_squares(make, count, count + kLanes<A>, classes, to.together, classes);
-      stream_copy(to.gradient, to.together, count * classes);
-    } else {
-      gradient_to_squares(make, count, count, classes, to.gradient, to.row_stride);
-    }
-  };
-  if constexpr (sizeof(T) == 2) {  // rounded on the way besides, which GCC 12 mixes badly with the gradient: 5 %
+  if constexpr (sizeof(T) == 2) {
     gradient_to_classes<false, false>(make, count, classes, to.tile, to.tile_stride);
-    write(tile_gradient(static_cast<const A*>(to.tile), to.tile_stride));
+    tile_to_rows(count, classes, to);
   } else {
-    write(make);
+    gradient_by_squares(make, count, classes, to);
   }
 }
 
