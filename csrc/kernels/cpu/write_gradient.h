@@ -49,7 +49,7 @@ void gradient_to_classes(Make make, int count, int classes, T* gradient, int64_t
 // As rows, a pixel's classes side by side: rows[i * row_stride + c]. Of `writable` pixels, count or more, the memory
 // may be written. Squares may overlap: with 21 classes by eights, the last begins at class 13.
 template <class T, class Make>
-void gradient_to_squares(Make make, int count, int64_t writable, int classes, T* rows, int64_t row_stride) {
+void write_squares(Make make, int count, int64_t writable, int classes, T* rows, int64_t row_stride) {
   using A = ComputeType<T>;
   constexpr std::integral_constant<int, 1> one_vector{};
   // Of two-byte numbers a wide square has 16 classes: no gain, and with 19 classes more of them done twice.
@@ -127,10 +127,10 @@ struct Rows {
 template <class T, class Make>
 void gradient_by_squares(Make make, int count, int classes, const Rows<T>& to) {
   if (to.stream && to.row_stride == classes && streaming_aligned(to.gradient)) {
-    gradient_to_squares(make, count, count + kLanes<ComputeType<T>>, classes, to.together, classes);
+    write_squares(make, count, count + kLanes<ComputeType<T>>, classes, to.together, classes);
     stream_copy(to.gradient, to.together, count * classes);
   } else {
-    gradient_to_squares(make, count, count, classes, to.gradient, to.row_stride);
+    write_squares(make, count, count, classes, to.gradient, to.row_stride);
   }
 }
 
