@@ -36,10 +36,14 @@ class Sums(NamedTuple):
 
 
 def sums(loss: str, input: Tensor, target: Tensor, ignore_index: int = -100) -> Sums:
-    """target: class indices (N, *spatial) under softmax; or of input's shape, one class, under sigmoid."""
+    """target: class indices (N, *spatial) under softmax; or of input's shape, one class, under sigmoid; or, of
+    cross-entropy alone, probabilities under softmax."""
     nothing = input.new_zeros(())
     terms = TERMS[loss]
     over = (0, *range(2, input.dim()))
+    if target.shape == input.shape and terms == ("ce",):
+        pixels = torch.full_like(nothing, target.numel() // target.shape[1])
+        return Sums(F.cross_entropy(input, target, reduction="sum"), nothing, nothing, nothing, nothing, pixels)
     if target.shape == input.shape:
         p, y = torch.sigmoid(input), target
         both, pixels = torch.minimum(p, y).sum(over), nothing

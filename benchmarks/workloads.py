@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SEED = 0
@@ -75,6 +76,7 @@ class Workload:
     dtype: torch.dtype = torch.float32
     memory_format: torch.memory_format = torch.contiguous_format
     label_dtype: torch.dtype = torch.int64
+    one_hot: bool = False  # labels as soft ones of the input's dtype, every pixel with a class
     autocast: bool = False  # called under torch.autocast to the input's dtype
     devices: tuple[str, ...] = ("cpu",)  # where it is measured by default
     default: bool = True  # measured unless --workloads names others
@@ -89,12 +91,16 @@ class Workload:
             parts.append(short_name(self.memory_format))
         if self.label_dtype != torch.int64:
             parts.append(short_name(self.label_dtype))
+        if self.one_hot:
+            parts.append("one_hot")
         if self.autocast:
             parts.append("autocast")
         return f"{self.loss}/{'-'.join(parts)}"
 
     @property
     def reason(self) -> str:
+        if self.one_hot:
+            return "soft labels as one_hot(...).movedim(-1, 1) leaves them: class innermost, beside contiguous logits"
         if self.memory_format == torch.channels_last:
             return "class innermost: what convolutions in channels_last hand over"
         if self.autocast:
@@ -113,6 +119,7 @@ WORKLOADS = {
         Workload("cross_entropy", DATA["voc"], dtype=torch.bfloat16),
         Workload("cross_entropy", DATA["voc"], memory_format=torch.channels_last),
         Workload("cross_entropy", DATA["voc"], label_dtype=torch.uint8, default=False),
+        Workload("cross_entropy", DATA["voc"], one_hot=True, default=False),
         Workload("cross_entropy", DATA["ade20k"]),
         Workload("cross_entropy", DATA["vocabulary"]),
         Workload("cross_entropy", DATA["cityscapes"], default=False),
@@ -180,6 +187,9 @@ def make_case(workload: Workload, device: str) -> Case:
     if data.shape[1] == 1 and workload.loss != "cross_entropy":  # under a sigmoid, with a mask of soft labels
         smooth = torch.rand(data.shape, dtype=torch.float32, device=device, generator=generator)
         return Case(workload, input, smooth.to(workload.dtype))
+    if workload.one_hot:
+        labels = make_labels(replace(data, ignored=0.0), workload.label_dtype, generator)
+        return Case(workload, input, F.one_hot(labels, data.shape[1]).movedim(-1, 1).to(workload.dtype))
     target = make_labels(data, workload.label_dtype, generator)
     return Case(workload, input, target, {"ignore_index": IGNORED_LABEL} if data.ignored else {})
 

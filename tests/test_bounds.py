@@ -56,8 +56,11 @@ def main(level: str) -> None:
             input = torch.randn(2, classes, pixels).to(dtype)
             soft = torch.rand(2, classes, pixels).softmax(1).to(dtype)
             labels = torch.randint(classes, (2, pixels))
+            input_rows, soft_rows = (t.mT.contiguous().mT for t in (input, soft))
             run_everything(input, labels.byte(), soft)
-            run_everything(input.mT.contiguous().mT, labels, soft.mT.contiguous().mT)
+            run_everything(input_rows, labels, soft_rows)
+            run_everything(input, labels, soft_rows)
+            run_everything(input_rows, labels, soft)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -663,9 +663,10 @@ def test_the_first_of_many_bad_labels_on_probabilities(name, threads, device):
         threads(number)
         with pytest.raises(IndexError, match=r"\(1, 100, 0\).*77"):
             call(name, logits, labels)
-        for of_dtype in (mask, mask.long()):
-            with pytest.raises(IndexError, match=r"\(1, 1, 150, 0\).*9"):
-                call(name, logits, of_dtype, **SIGMOID)
+        for of_dtype in (mask, mask.long(), mask.contiguous(memory_format=torch.channels_last)):
+            for in_format in (logits, logits.contiguous(memory_format=torch.channels_last)):
+                with pytest.raises(IndexError, match=r"\(1, 1, 150, 0\).*9"):
+                    call(name, in_format, of_dtype, **SIGMOID)
 
 
 @each_on_probabilities

@@ -7,6 +7,8 @@ from .compare import check, evaluate, random_like
 from .registry import (
     CROSS_ENTROPY,
     MSE_LOSS,
+    SEGMENTATION_LOSS,
+    SOFT_IOU_LOSS,
     Maker,
     difference,
     each_case,
@@ -285,6 +287,37 @@ def test_probabilities_beside_logits_of_another_layout(layout, device):
         m = Maker(torch.float32, device)
         call = probabilities(layout(m.normal(*shape)), channels_last(m.probabilities(*shape)), reduction="sum")
         check(CROSS_ENTROPY, call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous logits", "channels_last logits"])
+@pytest.mark.parametrize("classes", [1, 2, 3, 4, 7, 8, 9, 21, 40, 200])
+def test_soft_labels_in_the_other_order(classes, last, dtype, device):
+    """Class-innermost labels beside contiguous logits and the other way round, with blocks that end in whole vectors
+    and in parts of one, alone and as views of something larger."""
+    m = Maker(dtype, device)
+    for columns, other in ((128, channels_last), (149, channels_last), (149, cropped_channels_last)):
+        shape = (2, classes, 2, columns)
+        input, target = m.normal(*shape), m.probabilities(*shape)
+        if last:
+            other = {channels_last: lambda t: t, cropped_channels_last: lambda t: torch.cat([t, t], 2)[:, :, 2:]}[other]
+            input, target = channels_last(input), other(target)
+        else:
+            target = other(target)
+        for loss, call in (
+            (CROSS_ENTROPY, probabilities(input, target, m.positive(classes), label_smoothing=0.1)),
+            (SEGMENTATION_LOSS, probabilities(input, target, brier=1.0, per_image=True)),
+            (SOFT_IOU_LOSS, probabilities(input, target, activation="sigmoid", per_image=True)),
+            (SOFT_IOU_LOSS, indices(input, target > 0.2, activation="sigmoid")),
+        ):
+            if classes == 1 and loss is SEGMENTATION_LOSS:
+                call = call.with_options(activation="sigmoid")
+            # Of cross-entropy's one class the gradient is the difference of two numbers alike.
+            scale = 1.0 if classes == 1 and loss is CROSS_ENTROPY else 0.0
+            check(loss, call, what=f"{loss.name}, {columns} columns", scale=scale)
+            # The gradient lies as the logits do, whatever the labels.
+            _, gradients = evaluate(loss.function, call, ["input"])
+            assert gradients["input"].stride() == input.stride()
 
 
 @each_reduction

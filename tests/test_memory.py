@@ -254,14 +254,32 @@ def test_which_logits_are_copied(loss, lay_out, copies, spatial):
 
 @each_spatial
 @pytest.mark.parametrize(("lay_out", "copies"), LAYOUTS)
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @each_loss_of_layouts
-def test_which_soft_labels_are_copied(loss, lay_out, copies, spatial):
-    """Beside contiguous logits: those in another memory format too."""
+def test_which_soft_labels_are_copied(loss, last, lay_out, copies, spatial):
+    """The same, whether or not the logits lie in the same memory format; at each visit."""
     m = Maker(torch.float32)
     logits, target = m.normal(2, 19, *spatial), lay_out(m.probabilities(2, 19, *spatial))
-    copies = int(copies or target.stride(-1) != 1)
-    forward = peak_bytes(lambda: loss(logits, target))
+    logits = (channels_last(logits) if last else logits).requires_grad_()
+    size = bytes_of(target)
+    with torch.no_grad():
+        forward = peak_bytes(lambda: loss(logits, target))
+    assert copies * size <= forward <= copies * size + SMALL
+    large = sum(n == size for n in allocations(lambda: torch.autograd.grad(loss(logits, target), logits)))
+    assert large == 1 + copies * (2 if loss is fusedloss.segmentation_loss else 1)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(("classes", "copies"), [(192, 0), (193, 1)])
+def test_soft_labels_of_many_classes(classes, copies, last):
+    """Cross-entropy visits class-innermost logits of more than 192 classes row by row: labels in the other order cost a
+    copy there."""
+    m = Maker(torch.float32)
+    logits, target = m.normal(2, classes, 16, 24), m.probabilities(2, classes, 16, 24)
+    logits, target = (logits, channels_last(target)) if last else (channels_last(logits), target)
+    forward = peak_bytes(lambda: fusedloss.cross_entropy(logits, target))
     assert copies * bytes_of(target) <= forward <= copies * bytes_of(target) + SMALL
+    assert peak_bytes(lambda: fusedloss.segmentation_loss(logits, target)) <= SMALL
 
 
 # Of tensors without classes: whatever is not contiguous.

@@ -20,7 +20,7 @@ struct Call : CrossEntropyCall {
 
   Call(const char* op, const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
        int64_t ignore_index, int64_t reduction, double label_smoothing)
-      : CrossEntropyCall(op, input, target, ignore_index, reduction, label_smoothing),
+      : CrossEntropyCall(op, input, target, ignore_index, reduction, label_smoothing, kCrossEntropyTileClasses),
         class_weights(op, weight, params.classes, float64()) {
     params.weight = class_weights.data();
     params.weight_sum = class_weights.sum(params.classes);

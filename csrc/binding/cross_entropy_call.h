@@ -11,7 +11,8 @@
 namespace fusedloss {
 
 // The arguments after the checks, with whatever had to be copied. The weights of the classes are left to the device:
-// their numbers may not be there to read.
+// their numbers may not be there to read. any_order_classes: up to so many classes the device's kernels read soft
+// labels in either order.
 struct CrossEntropyCall {
   Tensor input;
   Tensor target;
@@ -21,7 +22,7 @@ struct CrossEntropyCall {
   Reduction reduction;
 
   CrossEntropyCall(const char* op, const Tensor& input_argument, const Tensor& target_argument, int64_t ignore_index,
-                   int64_t reduction_argument, double label_smoothing)
+                   int64_t reduction_argument, double label_smoothing, int64_t any_order_classes)
       : input(input_argument), target(target_argument), reduction(reduction_of(reduction_argument, op)) {
     require(input.dim() >= 1, op, "input must have at least one dimension");
     params.input_dtype = dtype_of(input, op);
@@ -43,16 +44,18 @@ struct CrossEntropyCall {
       require(params.target_dtype == params.input_dtype ||
                   (params.target_dtype == DType::kFloat32 && params.input_dtype >= DType::kFloat16),
               op, "target probabilities must be of input's dtype, or float32 for float16 and bfloat16 input");
-      target = in_order_of(target, input);
+      SoftLabelView seen = view_soft_labels(input, target, sizes[sizes.size() == 1 ? 0 : 1] <= any_order_classes);
+      view = seen.view;
+      target = seen.target;
+      params.target_layout = seen.target_layout;
     } else {
       std::vector<int64_t> wanted = sizes;
       wanted.erase(wanted.begin() + (sizes.size() == 1 ? 0 : 1));
       require(target_sizes == wanted, op, "target indices must have input's shape without the class dimension");
       if (!target.is_contiguous()) target = torch::stable::contiguous(target);
+      view = view_logits(sizes, strides_of(input));
     }
 
-    view = view_logits(sizes, strides_of(input));
-    if (params.soft_labels) params.target_layout = layout_under(view, target, op);
     params.samples = view.samples;
     params.classes = view.classes;
     params.pixels = view.pixels;

@@ -84,15 +84,17 @@ LogitView view_logits(const std::vector<int64_t>& sizes, const std::vector<int64
   return view;
 }
 
+// any_order: the other inner stride may be 1.
 std::optional<LogitLayout> layout_if_under(const LogitView& view, const std::vector<int64_t>& sizes,
-                                           const std::vector<int64_t>& strides) {
+                                           const std::vector<int64_t>& strides, bool any_order = false) {
   const Geometry geometry(sizes, strides);
   if (!geometry.mergeable) return std::nullopt;
   if (view.fold == LogitView::Fold::kAll && !geometry.samples_are_pixels()) return std::nullopt;
   LogitLayout layout = geometry.folded(view.fold);
   if (view.pixels == 1) layout.pixel_stride = view.layout.pixel_stride;
-  const bool same_order = view.class_innermost() ? layout.class_stride == 1 : layout.pixel_stride == 1;
-  return same_order ? std::optional<LogitLayout>(layout) : std::nullopt;
+  const bool classes_may = any_order || view.class_innermost(), pixels_may = any_order || !view.class_innermost();
+  const bool readable = (classes_may && layout.class_stride == 1) || (pixels_may && layout.pixel_stride == 1);
+  return readable ? std::optional<LogitLayout>(layout) : std::nullopt;
 }
 
 LogitLayout layout_under(const LogitView& view, const Tensor& tensor, const char* op) {
@@ -164,13 +166,27 @@ Tensor readable_logits(const Tensor& tensor) {
   return view_logits(sizes_of(tensor), strides_of(tensor)).readable ? tensor : torch::stable::contiguous(tensor);
 }
 
-Tensor in_order_of(const Tensor& tensor, const Tensor& like) {
-  const std::vector<int64_t> sizes = sizes_of(tensor);
-  const std::vector<int64_t> like_strides = strides_of(like);
-  if (layout_if_under(view_logits(sizes, like_strides), sizes, strides_of(tensor))) return tensor;
-  Tensor copy = allocate_like(tensor, sizes, dense_strides(sizes, like_strides), tensor.scalar_type());
-  torch::stable::copy_(copy, tensor);
-  return copy;
+SoftLabelView view_soft_labels(const Tensor& input, const Tensor& target, bool any_order, bool keep_samples) {
+  const std::vector<int64_t> sizes = sizes_of(input);
+  const std::vector<int64_t> strides = strides_of(input);
+  SoftLabelView seen{view_logits(sizes, strides, keep_samples), target, {}};
+  const auto see = [&](bool in_any_order) {
+    const std::optional<LogitLayout> layout = layout_if_under(seen.view, sizes, strides_of(seen.target), in_any_order);
+    if (layout) seen.target_layout = *layout;
+    return layout.has_value();
+  };
+  if (see(any_order)) return seen;
+  if (any_order && seen.view.fold == LogitView::Fold::kAll) {
+    // Contiguous labels beside channels_last logits: their samples do not follow each other like pixels.
+    const LogitView folded = seen.view;
+    seen.view = view_logits(sizes, strides, true);
+    if (see(true)) return seen;
+    seen.view = folded;
+  }
+  seen.target = allocate_like(target, sizes, dense_strides(sizes, strides), target.scalar_type());
+  torch::stable::copy_(seen.target, target);
+  see(false);
+  return seen;
 }
 
 }  // namespace fusedloss

@@ -37,6 +37,16 @@ LogitView view_logits(const std::vector<int64_t>& sizes, const std::vector<int64
 // another.
 LogitLayout layout_under(const LogitView& view, const Tensor& tensor, const char* op);
 
+// Logits and soft labels of the same shape, seen the same way.
+struct SoftLabelView {
+  LogitView view;
+  Tensor target;  // the given one where it can be seen so, or a copy in the order of the logits
+  LogitLayout target_layout;
+};
+
+// any_order: the labels may be class-innermost beside class-strided logits, and the other way round.
+SoftLabelView view_soft_labels(const Tensor& input, const Tensor& target, bool any_order, bool keep_samples = false);
+
 // Strides of a dense tensor in the memory order that the kernels visit `sizes`, `strides` in: contiguous,
 // channels_last, or transposed rows; contiguous also where the kernels visit a contiguous copy. _ops.py has the same
 // rule.
@@ -59,8 +69,5 @@ struct ClassWeights {
 
 // `tensor`, or a copy of it that is readable.
 Tensor readable_logits(const Tensor& tensor);
-
-// `tensor`, or a copy of it in the order that `like` is visited in.
-Tensor in_order_of(const Tensor& tensor, const Tensor& like);
 
 }  // namespace fusedloss

@@ -55,7 +55,7 @@ struct Call : SegmentationCall {
   Call(const char* op, const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
        const std::optional<Tensor>& pixel_weight, const std::optional<Tensor>& pos_weight,
        const SegmentationOptions& given)
-      : SegmentationCall(op, input, target, pixel_weight, given),
+      : SegmentationCall(op, input, target, pixel_weight, given, /*any_order=*/true),
         class_weights(op, weight, params.classes, float64()),
         pos_weights(op, pos_weight, params.classes, float64()) {
     params.weight = class_weights.data();

@@ -44,7 +44,7 @@ inline std::vector<int64_t> classes_of(std::vector<int64_t> classes) {
   }
 
 // The arguments after the checks, with whatever had to be copied. The weights of the classes are left to the device:
-// their numbers may not be there to read.
+// their numbers may not be there to read. any_order: its kernels read soft labels in either order.
 struct SegmentationCall {
   Tensor input;
   Tensor target;
@@ -59,7 +59,7 @@ struct SegmentationCall {
   SegmentationParams params{};
 
   SegmentationCall(const char* op, const Tensor& input_argument, const Tensor& target_argument,
-                   const std::optional<Tensor>& pixel_weight_argument, const SegmentationOptions& given)
+                   const std::optional<Tensor>& pixel_weight_argument, const SegmentationOptions& given, bool any_order)
       : input(input_argument), target(target_argument), pixel_weight(pixel_weight_argument), options(given) {
     const auto in_range = [](int64_t value, int64_t last) { return value >= 0 && value <= last; };
     require(in_range(options.activation, 2), op, "activation must be 0 (softmax), 1 (sigmoid) or 2 (none)");
@@ -97,10 +97,8 @@ struct SegmentationCall {
     require_class_count(op, input);
     input = readable_logits(input);
     sizes = sizes_of(input);
-    read_target(op);
+    read_target(op, any_order);
 
-    view = view_logits(sizes, strides_of(input), options.per_image);
-    if (params.soft_labels) params.target_layout = layout_under(view, target, op);
     params.samples = view.samples;
     params.classes = view.classes;
     params.pixels = view.pixels;
@@ -168,7 +166,7 @@ struct SegmentationCall {
   }
 
  private:
-  void read_target(const char* op) {
+  void read_target(const char* op, bool any_order) {
     target_sizes = sizes_of(target);
     params.soft_labels = target_sizes == sizes;
     if (!params.soft_labels) {
@@ -176,6 +174,7 @@ struct SegmentationCall {
               "target must have input's shape, or it without the class dimension");
       require(!is_floating(params.target_dtype), op, "target indices must be of an integer dtype or bool");
       if (!target.is_contiguous()) target = torch::stable::contiguous(target);
+      view = view_logits(sizes, strides_of(input), options.per_image);
       return;
     }
     if (is_floating(params.target_dtype)) {
@@ -186,7 +185,10 @@ struct SegmentationCall {
               "a target mask must be of dtype bool or uint8");
       require(params.activation != Activation::kSoftmax, op, "a target mask is for sigmoid or no activation");
     }
-    target = in_order_of(target, input);
+    SoftLabelView seen = view_soft_labels(input, target, any_order, options.per_image);
+    view = seen.view;
+    target = seen.target;
+    params.target_layout = seen.target_layout;
   }
 
   void read_pixel_weight(const char* op) {

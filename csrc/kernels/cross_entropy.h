@@ -32,7 +32,8 @@ struct CrossEntropyParams {
   DType input_dtype;
 
   // Labels: class indices (N, S) of an integer dtype, contiguous; or, with soft_labels, probabilities (N, C, S) by
-  // target_layout (same inner stride as the logits), of input_dtype or, for two-byte logits, float32.
+  // target_layout, of input_dtype or, for two-byte logits, float32. They lie in the order of the logits; beside up to
+  // kCrossEntropyTileClasses classes on the CPU also in the other (class-innermost beside class-strided).
   const void* target;
   LogitLayout target_layout;
   DType target_dtype;
@@ -58,6 +59,10 @@ struct CrossEntropyParams {
   void* gradient;  // of the logits by gradient_layout and input_dtype; or of the soft labels, of target_dtype
   LogitLayout gradient_layout;
 };
+
+// Up to so many classes the CPU kernels turn what is class-innermost into a class-major tile. Above, a row of classes
+// fills its vectors well, and a tile of them would outgrow its share of the L2 cache.
+constexpr int kCrossEntropyTileClasses = 192;
 
 // What one chunk adds to the result. Chunks are summed in the order of their index.
 struct CrossEntropyPartial {

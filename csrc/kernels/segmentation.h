@@ -52,7 +52,8 @@ struct SegmentationParams {
   DType input_dtype;
 
   // Labels: class indices (N, S) of an integer dtype or bool, contiguous; or, with soft_labels, a number for each class
-  // (N, C, S) by target_layout: probabilities of a floating dtype, or a mask of bool or uint8 (0 or 1).
+  // (N, C, S) by target_layout, on the CPU also in the other order than the logits (class-innermost beside
+  // class-strided): probabilities of a floating dtype, or a mask of bool or uint8 (0 or 1).
   const void* target;
   LogitLayout target_layout;
   DType target_dtype;

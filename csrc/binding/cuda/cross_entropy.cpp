@@ -19,7 +19,7 @@ struct Call : CrossEntropyCall {
 
   Call(const char* op, const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
        int64_t ignore_index, int64_t reduction, double label_smoothing)
-      : CrossEntropyCall(op, input, target, ignore_index, reduction, label_smoothing),
+      : CrossEntropyCall(op, input, target, ignore_index, reduction, label_smoothing, /*any_order_classes=*/0),
         class_weights(op, weight, params.classes, compute_type()) {
     params.weight = class_weights.data();
   }

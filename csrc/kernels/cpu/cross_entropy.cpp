@@ -28,12 +28,14 @@ enum class Visit {
   kRows,        // class-innermost, many classes: vectors along the classes
 };
 
-// Above, a row of classes fills its vectors well, and a tile of them would outgrow its share of the L2 cache.
-constexpr int kTileClasses = 192;
-
 inline Visit choose_visit(const CrossEntropyParams& params) {
   if (params.input_layout.pixel_stride == 1) return Visit::kStrided;
-  return params.classes <= kTileClasses ? Visit::kTransposed : Visit::kRows;
+  return params.classes <= kCrossEntropyTileClasses ? Visit::kTransposed : Visit::kRows;
+}
+
+// Whether the visit reads soft labels where they lie. If not, they pass through a tile as the logits of kTransposed do.
+inline bool labels_in_place(const CrossEntropyParams& params, Visit visit) {
+  return visit == Visit::kRows || (visit == Visit::kStrided && params.target_layout.pixel_stride == 1);
 }
 
 // Numbers in a class-major tile.
@@ -44,8 +46,9 @@ int64_t tile_size(int64_t classes) {
 
 // Tiles of the caller's: on the stack they would not fit a small thread's.
 int tiles_in(Visit visit, const CrossEntropyParams& params) {
-  if (visit == Visit::kTransposed) return params.soft_labels ? 3 : 2;
-  return visit == Visit::kStrided && params.classes <= kTileClasses ? 1 : 0;
+  const int labels = params.soft_labels && !labels_in_place(params, visit) ? 1 : 0;
+  if (visit == Visit::kTransposed) return 2 + labels;
+  return visit == Visit::kStrided && params.classes <= kCrossEntropyTileClasses ? 1 + labels : 0;
 }
 
 inline int64_t offset_of(const LogitLayout& layout, int64_t sample, int64_t pixel) {
@@ -140,16 +143,17 @@ class Block {
         z_(static_cast<const T*>(params.input) + offset_of(params.input_layout, sample_, pixel_)),
         z_tile_(static_cast<A*>(scratch)),
         rows_(visit == Visit::kTransposed ? z_tile_ + tile_size<A>(classes.count) : nullptr),
-        y_tile_(visit == Visit::kTransposed && kLabels == Labels::kSoft ? rows_ + tile_size<A>(classes.count)
-                                                                        : nullptr) {
+        y_tile_(kLabels == Labels::kSoft && !labels_in_place(params, visit)
+                    ? z_tile_ + (tiles_in(visit, params) - 1) * tile_size<A>(classes.count)
+                    : nullptr) {
+    const int64_t left = params.pixels - pixel_;
+    if (visit == Visit::kTransposed) {
+      rows_to_tile(z_, params.input_layout.pixel_stride, count, left, classes.count, z_tile_, kTileStride<A>);
+    }
     if constexpr (kLabels == Labels::kSoft) {
       y_ = static_cast<const Y*>(params.target) + offset_of(params.target_layout, sample_, pixel_);
-    }
-    if (visit == Visit::kTransposed) {
-      const int64_t left = params.pixels - pixel_;
-      rows_to_tile(z_, params.input_layout.pixel_stride, count, left, classes.count, z_tile_, kTileStride<A>);
-      if constexpr (kLabels == Labels::kSoft) {
-        rows_to_tile(y_, params.target_layout.pixel_stride, count, left, classes.count, y_tile_, kTileStride<A>);
+      if (y_tile_ != nullptr) {
+        pixels_to_tile(y_, params.target_layout, count, left, classes.count, y_tile_, kTileStride<A>);
       }
     }
   }
@@ -183,13 +187,14 @@ class Block {
     const Ahead<T> ahead{z_, params_.input_layout, count};
     switch (visit_) {
       case Visit::kStrided: {
-        const int64_t y_stride = params_.target_layout.class_stride;
-        kept_ = keep && classes_.count <= kTileClasses;
-        if (kept_) {
-          forward_tile<kLabels, true>(classes_, z_, z_stride, y_, y_stride, count, sums, tile, kTileStride<A>, ahead);
-        } else {
-          forward_tile<kLabels, false>(classes_, z_, z_stride, y_, y_stride, count, sums, tile, kTileStride<A>, ahead);
-        }
+        kept_ = keep && classes_.count <= kCrossEntropyTileClasses;
+        with_labels([&](const auto* y, int64_t y_stride) {
+          if (kept_) {
+            forward_tile<kLabels, true>(classes_, z_, z_stride, y, y_stride, count, sums, tile, kTileStride<A>, ahead);
+          } else {
+            forward_tile<kLabels, false>(classes_, z_, z_stride, y, y_stride, count, sums, tile, kTileStride<A>, ahead);
+          }
+        });
         break;
       }
       case Visit::kTransposed:
@@ -209,14 +214,15 @@ class Block {
   // Writes the gradient; finite: what prepare_gradients() found. Uses up the tile.
   void backward(const BlockGradients<A>& pixels, bool finite, bool stream) {
     T* gradient = static_cast<T*>(params_.gradient) + offset_of(params_.gradient_layout, sample_, pixel_);
-    const int64_t y_stride = params_.target_layout.class_stride;
     const A* tile = z_tile_;
     switch (visit_) {
       case Visit::kStrided: {
         const auto write = [&](auto kept, auto is_finite, auto streamed, const auto* z, int64_t z_stride) {
-          gradient_to_classes<streamed(), is_finite()>(
-              logit_gradient<kLabels, kept(), is_finite()>(classes_, z, z_stride, y_, y_stride, pixels), count,
-              classes_.count, gradient, params_.gradient_layout.class_stride);
+          with_labels([&](const auto* y, int64_t y_stride) {
+            gradient_to_classes<streamed(), is_finite()>(
+                logit_gradient<kLabels, kept(), is_finite()>(classes_, z, z_stride, y, y_stride, pixels), count,
+                classes_.count, gradient, params_.gradient_layout.class_stride);
+          });
         };
         using IfFinite = std::bool_constant<kLabels != Labels::kSoft>;
         const auto from = [&](auto kept, const auto* z, int64_t z_stride) {
@@ -270,17 +276,26 @@ class Block {
     return kLabels == Labels::kSoft ? y_ + i * params_.target_layout.pixel_stride : nullptr;
   }
 
+  // Calls f(labels, stride from class to class), of kStrided: where they lie, or in the tile.
+  template <class F>
+  void with_labels(F f) const {
+    if constexpr (kLabels == Labels::kSoft) {
+      if (y_tile_ != nullptr) return f(static_cast<const A*>(y_tile_), kTileStride<A>);
+    }
+    f(y_, params_.target_layout.class_stride);
+  }
+
   const CrossEntropyParams& params_;
   const Visit visit_;
   const Classes<A>& classes_;
   const int64_t sample_;
   const int64_t pixel_;
   const T* const z_;
-  const Y* y_ = nullptr;
-  bool kept_ = false;  // the tile holds exponentials
-  A* const z_tile_;    // logits (kTransposed), then exponentials
-  A* const rows_;      // kTransposed: the gradient on its way to memory
-  A* const y_tile_;    // kTransposed: soft labels
+  const Y* y_ = nullptr;  // soft labels where they lie
+  bool kept_ = false;     // the tile holds exponentials
+  A* const z_tile_;       // logits (kTransposed), then exponentials
+  A* const rows_;         // kTransposed: the gradient on its way to memory
+  A* const y_tile_;       // soft labels, or nullptr: labels_in_place()
 };
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ struct Workspace {
   int64_t stride;  // of the tiles, from class to class: one vector more than a block
   A* tile;         // (C, stride)
   A* labels;       // (C, stride), where has_label_tile
-  A* rows;         // (stride, C), the gradient on its way to memory
+  A* rows;         // (stride, C): masks on their way to the tile, the gradient on its way to memory
   OverlapSums<A> sums;
 
   static int64_t tile_bytes(int64_t classes) {
@@ -269,27 +269,13 @@ struct SegmentationBlock {
     const LogitLayout& layout = params.target_layout;
     const int64_t at = offset_of(layout, sample, pixel);
     if (params.target_dtype == DType::kBool || params.target_dtype == DType::kUInt8) {
-      const uint8_t* y = static_cast<const uint8_t*>(params.target) + at;
-      for (int64_t c = 0; c < classes.count; ++c) {
-        for (int i = 0; i < count; ++i) {
-          const uint8_t label = y[i * layout.pixel_stride + c * layout.class_stride];
-          if (label > 1 && bad_label < 0 && params.target_dtype == DType::kUInt8) {
-            bad_label = (sample * classes.count + c) * params.pixels + pixel + i;
-          }
-          tile[c * work.stride + i] = label != 0 ? A(1) : A(0);
-        }
-      }
-    } else if (layout.pixel_stride == 1) {
-      for (int64_t c = 0; c < classes.count; ++c) {
-        read_numbers<A>(params.target, params.target_dtype, at + c * layout.class_stride, 1, count,
-                        tile + c * work.stride);
-      }
+      fill_mask(static_cast<const uint8_t*>(params.target) + at, layout);
     } else {
       with_floating_type(params.target_dtype, [&](auto* type) {
         using Y = Pointee<decltype(type)>;
         if constexpr (std::is_same_v<ComputeType<Y>, A>) {
-          rows_to_tile(static_cast<const Y*>(params.target) + at, layout.pixel_stride, count, left, classes.count, tile,
-                       static_cast<int>(work.stride));
+          pixels_to_tile(static_cast<const Y*>(params.target) + at, layout, count, left, classes.count, tile,
+                         static_cast<int>(work.stride));
         }
       });
     }
@@ -299,6 +285,33 @@ struct SegmentationBlock {
       if (pixels.weight[i] != A(0)) continue;
       for (int64_t c = 0; c < classes.count; ++c) tile[c * work.stride + i] = 0;
     }
+  }
+
+  // Soft labels that are bytes, which must be 0 or 1; of bool they are.
+  void fill_mask(const uint8_t* mask, const LogitLayout& layout) {
+    // Loops over neighboring bytes, one after the other: they go by vectors.
+    uint8_t all = 0;
+    const auto convert = [&](const uint8_t* y, int64_t bytes, A* to) {
+      for (int64_t k = 0; k < bytes; ++k) all |= y[k];
+      for (int64_t k = 0; k < bytes; ++k) to[k] = y[k] != 0 ? A(1) : A(0);
+    };
+    if (layout.pixel_stride == 1) {
+      for (int64_t c = 0; c < classes.count; ++c) {
+        convert(mask + c * layout.class_stride, count, work.labels + c * work.stride);
+      }
+    } else {
+      const bool together = layout.pixel_stride == classes.count;
+      const int64_t runs = together ? 1 : count, run = together ? int64_t{count} * classes.count : classes.count;
+      for (int64_t i = 0; i < runs; ++i) convert(mask + i * layout.pixel_stride, run, work.rows + i * classes.count);
+      rows_to_tile(static_cast<const A*>(work.rows), classes.count, count, work.stride, classes.count, work.labels,
+                   static_cast<int>(work.stride));
+    }
+    if (all <= 1 || bad_label >= 0 || params.target_dtype == DType::kBool) return;
+    // The first by class, then by pixel.
+    int64_t place = 0;
+    const auto label = [&] { return mask[place / count * layout.class_stride + place % count * layout.pixel_stride]; };
+    while (label() <= 1) ++place;
+    bad_label = (sample * classes.count + place / count) * params.pixels + pixel + place % count;
   }
 };
 

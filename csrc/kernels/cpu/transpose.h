@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "kernels/cpu/simd.h"
+#include "kernels/cross_entropy.h"
 
 namespace fusedloss::cpu::FUSEDLOSS_LEVEL {
 namespace {
@@ -183,6 +184,22 @@ void rows_to_tile(const T* rows, int64_t row_stride, int count, int64_t readable
   }
   for (; i < count; ++i) {
     for (int c = 0; c < classes; ++c) tile[c * tile_stride + i] = load_one(rows + i * row_stride + c);
+  }
+}
+
+// The same of pixels that lie by `layout`, from `from` on.
+template <class T>
+void pixels_to_tile(const T* from, const LogitLayout& layout, int count, int64_t readable, int classes,
+                    ComputeType<T>* tile, int tile_stride) {
+  using A = ComputeType<T>;
+  if (layout.pixel_stride != 1)
+    return rows_to_tile(from, layout.pixel_stride, count, readable, classes, tile, tile_stride);
+  for (int64_t c = 0; c < classes; ++c) {
+    const T* row = from + c * layout.class_stride;
+    A* const to = tile + c * tile_stride;
+    int i = 0;
+    for (; i + kLanes<A> <= count; i += kLanes<A>) store<A>(to + i, load<T>(row + i));
+    if (i < count) store<A>(to + i, load_partial<T>(row + i, count - i, 0));
   }
 }
 
