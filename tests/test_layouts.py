@@ -1,5 +1,7 @@
 """Every way a tensor can lie in memory gives the same numbers, and the gradient lies as its tensor does."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -318,6 +320,38 @@ def test_soft_labels_in_the_other_order(classes, last, dtype, device):
             # The gradient lies as the logits do, whatever the labels.
             _, gradients = evaluate(loss.function, call, ["input"])
             assert gradients["input"].stride() == input.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("classes", [2, 3, 8, 21, 150, 200])
+def test_large_gradients(classes, last, dtype, device):
+    """From 4 MiB on they are written past the caches, rows of classes while the next block is computed: the numbers
+    are those of a quarter of the batch by itself. Samples that end in whole blocks, in parts of one and of a vector,
+    or that have no whole one."""
+    m = Maker(dtype, device)
+    numbers = (4 << 20) // dtype.itemsize
+    for pixels in (1 << 12, 4093, 40):
+        quarter = -(-numbers // (4 * classes * pixels))
+        shape = (4 * quarter, classes, 1, pixels)
+        input = channels_last(m.normal(*shape)) if last else m.normal(*shape)
+        labels, soft = m.labels(classes, 4 * quarter, 1, pixels), m.probabilities(*shape)
+        for target, loss in itertools.product((labels, soft), (CROSS_ENTROPY, SEGMENTATION_LOSS)):
+            # The sum over the pixels; of a loss that is a mean over images and pixels, it times their number.
+            of_images = {"brier": 1.0, "per_image": True, "absent": "count"}
+            call = indices(input, target, **({"reduction": "sum"} if loss is CROSS_ENTROPY else of_images))
+
+            def gradient_of(call, samples, loss=loss, pixels=pixels):
+                factor = 1.0 if loss is CROSS_ENTROPY else float(samples * pixels)
+                return evaluate(loss.function, call, ["input"], torch.tensor(factor, device=device))[1]["input"]
+
+            gradient = gradient_of(call, 4 * quarter)
+            assert gradient.nbytes >= 4 << 20
+            close = 8 * torch.finfo(dtype).eps
+            for start in range(0, 4 * quarter, quarter):
+                part = call.map(lambda tensor, start=start, end=start + quarter: tensor[start:end])
+                small = gradient_of(part, quarter)
+                torch.testing.assert_close(gradient[start : start + quarter], small, rtol=close, atol=close)
 
 
 @each_reduction

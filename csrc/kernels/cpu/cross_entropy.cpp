@@ -181,7 +181,9 @@ class Block {
   }
 
   // The sums over the classes. keep: backward() follows at once, and may find the exponentials in the tile.
-  void forward(BlockSums<A>& sums, bool keep) {
+  // outgoing: the gradient of the block before, which is gone when this returns.
+  void forward(BlockSums<A>& sums, bool keep, Outgoing<T>& outgoing) {
+    outgoing.send_before(count);
     const int64_t z_stride = params_.input_layout.class_stride;
     A* tile = z_tile_;
     const Ahead<T> ahead{z_, params_.input_layout, count};
@@ -190,9 +192,11 @@ class Block {
         kept_ = keep && classes_.count <= kCrossEntropyTileClasses;
         with_labels([&](const auto* y, int64_t y_stride) {
           if (kept_) {
-            forward_tile<kLabels, true>(classes_, z_, z_stride, y, y_stride, count, sums, tile, kTileStride<A>, ahead);
+            forward_tile<kLabels, true>(classes_, z_, z_stride, y, y_stride, count, sums, tile, kTileStride<A>, ahead,
+                                        outgoing);
           } else {
-            forward_tile<kLabels, false>(classes_, z_, z_stride, y, y_stride, count, sums, tile, kTileStride<A>, ahead);
+            forward_tile<kLabels, false>(classes_, z_, z_stride, y, y_stride, count, sums, tile, kTileStride<A>, ahead,
+                                         outgoing);
           }
         });
         break;
@@ -201,18 +205,21 @@ class Block {
         kept_ = true;
         if constexpr (kLabels == Labels::kSoft) {
           forward_tile<kLabels, true>(classes_, tile, kTileStride<A>, y_tile_, kTileStride<A>, count, sums, tile,
-                                      kTileStride<A>, ahead);
+                                      kTileStride<A>, ahead, outgoing);
         } else {
-          forward_tile<kLabels, true>(classes_, tile, kTileStride<A>, y_, 0, count, sums, tile, kTileStride<A>, ahead);
+          forward_tile<kLabels, true>(classes_, tile, kTileStride<A>, y_, 0, count, sums, tile, kTileStride<A>, ahead,
+                                      outgoing);
         }
         break;
       case Visit::kRows:
         for (int i = 0; i < count; ++i) forward_row<kLabels>(classes_, row(i), label_row(i), i, sums);
     }
+    outgoing = {};
   }
 
-  // Writes the gradient; finite: what prepare_gradients() found. Uses up the tile.
-  void backward(const BlockGradients<A>& pixels, bool finite, bool stream) {
+  // Writes the gradient; finite: what prepare_gradients() found. Uses up the tile. Rows that are streamed are left to
+  // `outgoing`, if there is one.
+  void backward(const BlockGradients<A>& pixels, bool finite, bool stream, Outgoing<T>* outgoing) {
     T* gradient = static_cast<T*>(params_.gradient) + offset_of(params_.gradient_layout, sample_, pixel_);
     const A* tile = z_tile_;
     switch (visit_) {
@@ -246,7 +253,7 @@ class Block {
           gradient_to_rows(logit_gradient<kLabels, kept(), false>(classes_, tile, kTileStride<A>, y, stride, pixels),
                            count, classes_.count,
                            Rows<T>{gradient, params_.gradient_layout.pixel_stride, stream, reinterpret_cast<T*>(rows_),
-                                   z_tile_, kTileStride<A>});
+                                   z_tile_, kTileStride<A>, outgoing});
         };
         const auto from = [&](auto kept) {
           if constexpr (kLabels == Labels::kSoft) {
@@ -365,6 +372,7 @@ CrossEntropyPartial forward_chunk(const CrossEntropyParams& params, Visit visit,
   const V weight_sum = splat<V>(static_cast<A>(params.weight_sum));
   const int most = block_pixels<A>(params, visit);
 
+  Outgoing<T> outgoing;
   for (int64_t done = 0; done < chunk.count; done += most) {
     Block<kLabels, T, Y> block(params, visit, classes, chunk, done, most, scratch);
     const int count = block.count;
@@ -377,7 +385,7 @@ CrossEntropyPartial forward_chunk(const CrossEntropyParams& params, Visit visit,
       block.labelled_logits(labels, label_logit);
     }
     BlockSums<A> sums;
-    block.forward(sums, params.gradient != nullptr);
+    block.forward(sums, params.gradient != nullptr, outgoing);
     V block_loss = {}, block_weight = {};
     for (int i = 0; i < count; i += kLanes<A>) {
       const V log_s = math::log<V>(load(sums.sum + i));
@@ -419,9 +427,10 @@ CrossEntropyPartial forward_chunk(const CrossEntropyParams& params, Visit visit,
       BlockGradients<A> pixels;
       const bool finite =
           prepare_gradients<kLabels, A>(params, classes, block.flat, count, sums.maximum, sums.sum, labels, pixels);
-      block.backward(pixels, finite, stream);
+      block.backward(pixels, finite, stream, &outgoing);
     }
   }
+  outgoing.send_before(0);
   if (stream) streaming_fence();
   return partial;
 }
@@ -459,7 +468,7 @@ void backward_chunk(const CrossEntropyParams& params, Visit visit, const Classes
     const bool finite = prepare_gradients<kLabels, A>(params, classes, block.flat, block.count,
                                                       static_cast<const A*>(params.maximum) + block.flat,
                                                       static_cast<const A*>(params.sum) + block.flat, labels, pixels);
-    block.backward(pixels, finite, stream);
+    block.backward(pixels, finite, stream, nullptr);
   }
   if (stream) streaming_fence();
 }

@@ -37,7 +37,7 @@ template <Labels kLabels, bool kKeep, int kVectors, bool kPartial, class T, clas
 FUSEDLOSS_HOST_DEVICE void forward_vectors(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride,
                                            const Y* y, int64_t y_stride, int i, int count,
                                            BlockSums<ComputeType<T>>& out, ComputeType<T>* kept, int64_t kept_stride,
-                                           const Ahead<M>& ahead) {
+                                           const Ahead<M>& ahead, const Outgoing<M>& outgoing) {
   using A = ComputeType<T>;
   using V = Vector<A>;
   constexpr int lanes = kLanes<A>;
@@ -64,6 +64,7 @@ FUSEDLOSS_HOST_DEVICE void forward_vectors(const Classes<ComputeType<T>>& classe
   for (int c = 0; c < classes.count; ++c) {
     const T* row = z + c * z_stride + i;
     const A weight = kLabels == Labels::kIndex ? A(1) : classes.weight_of(c);
+    if constexpr (kKeep && !kPartial) outgoing.template send<kVectors>(c, i);
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       ahead.ask(c, i + v * lanes);
@@ -92,12 +93,12 @@ FUSEDLOSS_HOST_DEVICE void forward_vectors(const Classes<ComputeType<T>>& classe
 template <Labels kLabels, bool kKeep, class T, class Y, class M>
 void forward_tile(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride, const Y* y, int64_t y_stride,
                   int count, BlockSums<ComputeType<T>>& out, ComputeType<T>* kept, int64_t kept_stride,
-                  const Ahead<M>& ahead) {
+                  const Ahead<M>& ahead, const Outgoing<M>& outgoing) {
   // Two (index) to four accumulators a vector have to fit in the registers.
   constexpr int vectors = kLabels == Labels::kIndex ? 8 : 4;
   for_vectors<ComputeType<T>, vectors>(count, [&](auto v, auto partial, int i, int n) {
     forward_vectors<kLabels, kKeep, v(), partial()>(classes, z, z_stride, y, y_stride, i, n, out, kept, kept_stride,
-                                                    ahead);
+                                                    ahead, outgoing);
   });
 }
 

@@ -27,20 +27,24 @@ T* gradient_of(const SegmentationBlock<T>& block) {
 }
 
 template <class T>
-Rows<T> rows_of(const SegmentationBlock<T>& block, bool stream) {
+Rows<T> rows_of(const SegmentationBlock<T>& block, bool stream, Outgoing<T>* outgoing) {
   const auto& work = block.work;
-  return {
-      gradient_of(block), block.params.gradient_layout.pixel_stride, stream, reinterpret_cast<T*>(work.rows), work.tile,
-      work.stride};
+  return {gradient_of(block),
+          block.params.gradient_layout.pixel_stride,
+          stream,
+          reinterpret_cast<T*>(work.rows),
+          work.tile,
+          work.stride,
+          outgoing};
 }
 
 // make: as in write_gradient.h. kFinite: no NaN goes in, so that write_gradient() may be kPlain.
 template <bool kFinite, class T, class Make>
-void write_block(const SegmentationBlock<T>& block, bool stream, Make make) {
+void write_block(const SegmentationBlock<T>& block, bool stream, Outgoing<T>& outgoing, Make make) {
   T* const gradient = gradient_of(block);
   const int64_t class_stride = block.params.gradient_layout.class_stride;
   if (block.transposed()) {
-    gradient_to_rows(make, block.count, block.classes.count, rows_of(block, stream));
+    gradient_to_rows(make, block.count, block.classes.count, rows_of(block, stream, &outgoing));
   } else if (stream && streaming_aligned(gradient)) {
     gradient_to_classes<kCanStream, kFinite>(make, block.count, block.classes.count, gradient, class_stride);
   } else {
@@ -48,10 +52,10 @@ void write_block(const SegmentationBlock<T>& block, bool stream, Make make) {
   }
 }
 
-// Softmax; g: incoming gradient of the cross-entropy.
+// Softmax; g: incoming gradient of the cross-entropy. outgoing: the gradient of the block before, then of this one.
 template <class T>
 void backward_soft_labels(SegmentationBlock<T>& block, const ClassGradients<ComputeType<T>>& gradients,
-                          ComputeType<T> g, bool stream) {
+                          ComputeType<T> g, bool stream, Outgoing<T>& outgoing) {
   using A = ComputeType<T>;
   const Classes<A>& classes = block.classes;
   const Workspace<A>& work = block.work;
@@ -66,16 +70,17 @@ void backward_soft_labels(SegmentationBlock<T>& block, const ClassGradients<Comp
   block.with_logits([&](const auto* z, int64_t z_stride) {
     with_labels([&](auto product, const auto* y, int64_t y_stride) {
       probabilities<product()>(classes, z, z_stride, y, y_stride, block.count, pixels, gradients, work.tile,
-                               work.stride, dot, square, block.ahead());
+                               work.stride, dot, square, block.ahead(), outgoing);
     });
   });
+  outgoing = {};
   for (int i = 0; i < block.padded; ++i) {
     const math::SoftmaxTerms<A> terms = math::soft_label_terms<A>(g, square[i], dot[i]);
     pixels.common[i] = terms.common;
     pixels.smoothed[i] = terms.smoothed;
   }
   with_labels([&](auto product, const auto* y, int64_t y_stride) {
-    write_block<false>(block, stream,
+    write_block<false>(block, stream, outgoing,
                        soft_label_gradient<product()>(classes, static_cast<const A*>(work.tile), work.stride, y,
                                                       y_stride, pixels, gradients));
   });
@@ -84,7 +89,7 @@ void backward_soft_labels(SegmentationBlock<T>& block, const ClassGradients<Comp
 // Likewise.
 template <class T>
 void backward_index_labels(SegmentationBlock<T>& block, const ClassGradients<ComputeType<T>>& gradients,
-                           ComputeType<T> g, bool stream) {
+                           ComputeType<T> g, bool stream, Outgoing<T>& outgoing) {
   using A = ComputeType<T>;
   using V = Vector<A>;
   const SegmentationParams& params = block.params;
@@ -105,9 +110,10 @@ void backward_index_labels(SegmentationBlock<T>& block, const ClassGradients<Com
   block.with_logits([&](const auto* z, int64_t z_stride) {
     with_terms([&](auto terms) {
       exponentials<terms()>(classes, z, z_stride, block.count, pixels, gradients, work.tile, work.stride, dot, square,
-                            block.ahead());
+                            block.ahead(), outgoing);
     });
   });
+  outgoing = {};
   read_class_weights(classes, pixels, block.padded, class_weight);
   // Without smoothing a = w: (1 - 0) w + 0 times anything finite.
   const math::Smoothing<V> smoothing{splat<V>(classes.smoothing.label), splat<V>(classes.smoothing.every)};
@@ -132,7 +138,7 @@ void backward_index_labels(SegmentationBlock<T>& block, const ClassGradients<Com
   const bool finite = sum_lanes<A>(zero) == 0.0;
   with_terms([&](auto terms) {
     const auto write = [&](auto is_finite) {
-      write_block<is_finite()>(block, stream,
+      write_block<is_finite()>(block, stream, outgoing,
                                index_label_gradient<terms(), is_finite()>(classes, static_cast<const A*>(work.tile),
                                                                           work.stride, pixels, gradients));
     };
@@ -141,7 +147,8 @@ void backward_index_labels(SegmentationBlock<T>& block, const ClassGradients<Com
 }
 
 template <class T>
-void backward_softmax(SegmentationBlock<T>& block, const ClassGradients<ComputeType<T>>& gradients, bool stream) {
+void backward_softmax(SegmentationBlock<T>& block, const ClassGradients<ComputeType<T>>& gradients, bool stream,
+                      Outgoing<T>& outgoing) {
   using A = ComputeType<T>;
   const SegmentationParams& params = block.params;
   SegmentationPixels<A>& pixels = block.pixels;
@@ -155,10 +162,11 @@ void backward_softmax(SegmentationBlock<T>& block, const ClassGradients<ComputeT
     pixels.inverse_sum[i] = pixels.weight[i] == A(0) ? A(0) : A(1) / sum[i];
   }
   const A g = static_cast<A>(params.cross_entropy ? params.cross_entropy_scale : 0.0);
+  outgoing.send_before(block.count);
   if (params.soft_labels) {
-    backward_soft_labels(block, gradients, g, stream);
+    backward_soft_labels(block, gradients, g, stream, outgoing);
   } else {
-    backward_index_labels(block, gradients, g, stream);
+    backward_index_labels(block, gradients, g, stream, outgoing);
   }
 }
 
@@ -201,7 +209,7 @@ void backward_each(SegmentationBlock<T>& block, const ClassGradients<ComputeType
     const int64_t class_stride = params.gradient_layout.class_stride;
     if (block.transposed()) {
       write(Bool<false>{}, block.work.tile, block.work.stride);
-      tile_to_rows(block.count, block.classes.count, rows_of(block, stream));
+      tile_to_rows(block.count, block.classes.count, rows_of<T>(block, stream, nullptr));
     } else if (stream && streaming_aligned(gradient)) {
       write(Bool<kCanStream>{}, gradient, class_stride);
     } else {
@@ -230,6 +238,7 @@ void backward_chunk(const SegmentationParams& params, const Classes<ComputeType<
   using A = ComputeType<T>;
   const ClassGradients<A> gradients = gradients_of<A>(params, chunk);
   SegmentationPixels<A> pixels;
+  Outgoing<T> outgoing;
   for (int64_t done = 0; done < chunk.count;) {
     SegmentationBlock<T> block(params, classes, work, chunk, done, pixels);
     if (!block.plain && (params.gradient_of_squared_error != nullptr || pixels.scales_filled != block.count)) {
@@ -239,12 +248,13 @@ void backward_chunk(const SegmentationParams& params, const Classes<ComputeType<
       pixels.scales_filled = block.count;
     }
     if (params.activation == Activation::kSoftmax) {
-      backward_softmax(block, gradients, stream);
+      backward_softmax(block, gradients, stream, outgoing);
     } else {
       backward_each(block, gradients, stream);
     }
     done += block.count;
   }
+  outgoing.send_before(0);
   if (stream) streaming_fence();
 }
 

@@ -41,7 +41,7 @@ template <IndexTerms kTerms, class T, class M>
 void exponentials(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride, int count,
                   const SegmentationPixels<ComputeType<T>>& pixels, const ClassGradients<ComputeType<T>>& gradients,
                   ComputeType<T>* tile, int64_t stride, ComputeType<T>* dot_out, ComputeType<T>* square_out,
-                  const Ahead<M>& ahead) {
+                  const Ahead<M>& ahead, const Outgoing<M>& outgoing) {
   using A = ComputeType<T>;
   using V = Vector<A>;
   constexpr int lanes = kLanes<A>;
@@ -57,6 +57,7 @@ void exponentials(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_
       const T* row = z + c * z_stride + i;
       const A d_predicted = gradients.d_predicted[c];
       [[maybe_unused]] const A w = kTerms == IndexTerms::kAll ? classes.weight_of(c) : A(1);
+      if constexpr (!partial()) outgoing.template send<n>(c, i);
 #pragma GCC unroll 4
       for (int v = 0; v < n; ++v) {
         ahead.ask(c, i + v * lanes);
@@ -81,7 +82,8 @@ template <bool kProduct, class T, class Y, class M>
 void probabilities(const Classes<ComputeType<T>>& classes, const T* z, int64_t z_stride, const Y* y, int64_t y_stride,
                    int count, const SegmentationPixels<ComputeType<T>>& pixels,
                    const ClassGradients<ComputeType<T>>& gradients, ComputeType<T>* tile, int64_t stride,
-                   ComputeType<T>* dot_out, ComputeType<T>* square_out, const Ahead<M>& ahead) {
+                   ComputeType<T>* dot_out, ComputeType<T>* square_out, const Ahead<M>& ahead,
+                   const Outgoing<M>& outgoing) {
   using A = ComputeType<T>;
   using V = Vector<A>;
   constexpr int lanes = kLanes<A>;
@@ -100,6 +102,7 @@ void probabilities(const Classes<ComputeType<T>>& classes, const T* z, int64_t z
       const A d_predicted = gradients.d_predicted[c];
       const A d_intersection = gradients.d_intersection[c];
       const A w = classes.weight_of(c);
+      if constexpr (!partial()) outgoing.template send<n>(c, i);
 #pragma GCC unroll 4
       for (int v = 0; v < n; ++v) {
         ahead.ask(c, i + v * lanes);

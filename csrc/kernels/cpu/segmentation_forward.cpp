@@ -43,7 +43,8 @@ void fill_softmax(SegmentationBlock<T>& block, ComputeType<T>* cross_entropy, Co
     }
     const auto run = [&](auto kind) {
       block.with_labels([&](const auto* y, int64_t y_stride) {
-        forward_tile<kind(), true>(classes, z, z_stride, y, y_stride, block.count, sums, tile, stride, block.ahead());
+        forward_tile<kind(), true>(classes, z, z_stride, y, y_stride, block.count, sums, tile, stride, block.ahead(),
+                                   Outgoing<T>{});
       });
     };
     switch (labels) {

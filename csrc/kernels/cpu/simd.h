@@ -389,9 +389,9 @@ constexpr int64_t kStreamingBytes = int64_t{4} << 20;
 
 // Copies `count` numbers past the caches; `to` is aligned to kVectorBytes.
 template <class T>
-FUSEDLOSS_HOST_DEVICE void stream_copy(T* to, const T* from, int count) {
+FUSEDLOSS_HOST_DEVICE void stream_copy(T* to, const T* from, int64_t count) {
   constexpr int step = kVectorBytes / static_cast<int>(sizeof(T));
-  int i = 0;
+  int64_t i = 0;
   for (; i + step <= count; i += step) {
     store_bits<true>(to + i, *reinterpret_cast<const VectorOf<uint32_t>::Memory*>(from + i));
   }

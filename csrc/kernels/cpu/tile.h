@@ -46,6 +46,39 @@ struct Ahead {
   FUSEDLOSS_HOST_DEVICE void ask(int64_t c, int i) const { ask_for(logits + c * stride + i); }
 };
 
+// Rows of a block's gradient on their way past the caches. A core has few buffers for what it streams, and waits where
+// they are full, so a block's rows go while the exponentials of the next block are computed, a vector of them with each
+// vector of pixels and class.
+template <class T>
+struct Outgoing {
+  const T* rows = nullptr;  // (count, C), side by side; nullptr: nothing
+  T* to = nullptr;          // aligned to kVectorBytes
+  int count = 0;            // a multiple of kStep
+  int classes = 0;
+
+  static constexpr int kStep = kVectorBytes / static_cast<int>(sizeof(T));  // one vector of pixels, or two
+
+  // With class c of kVectors vectors of pixels from i on: that part of C times `count` numbers, whatever they mean.
+  template <int kVectors>
+  FUSEDLOSS_HOST_DEVICE void send(int64_t c, int i) const {
+    constexpr int numbers = kVectors * kLanes<ComputeType<T>>;
+    if (rows == nullptr || (numbers < kStep && i % kStep != 0)) return;
+    const int64_t at = c * count + i;
+#pragma GCC unroll 8
+    for (int k = 0; k < numbers; k += kStep) {
+      store_bits<true>(to + at + k, *reinterpret_cast<const VectorOf<uint32_t>::Memory*>(rows + at + k));
+    }
+  }
+
+  // Before the exponentials of a block of `next` pixels: what they do not take along.
+  void send_before(int next) {
+    if (rows != nullptr && next != count) {
+      stream_copy(to, rows, static_cast<int64_t>(classes) * count);
+      rows = nullptr;
+    }
+  }
+};
+
 template <class A>
 FUSEDLOSS_HOST_DEVICE math::Bits<Vector<A>> load_labels(const math::Bits<A>* p) {
   return *reinterpret_cast<const typename VectorOf<math::Bits<A>>::Memory*>(p);

@@ -63,20 +63,27 @@ FUSEDLOSS_HOST_DEVICE Vector<A> interleave(Vector<A> a, Vector<A> b, std::index_
 // The quads at p, p + step bytes, ... as a vector.
 template <class A>
 FUSEDLOSS_HOST_DEVICE Vector<A> load_quads(const void* p, int64_t step) {
-  constexpr int n = kQuad<A>;
+#if defined(__AVX512F__)
+  // Each put in its place on its way from memory. GCC 12 makes shuffles of registers of it otherwise, for which an
+  // Intel core has one unit.
+  const auto quad = [&](int k) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(p) + k * step));
+  };
+  __m512i all = _mm512_castsi128_si512(quad(0));
+  all = _mm512_inserti32x4(all, quad(1), 1);
+  all = _mm512_inserti32x4(all, quad(2), 2);
+  return (Vector<A>)_mm512_inserti32x4(all, quad(3), 3);
+#else
   typedef VectorOf<A, 16> Quad;
   const auto quad = [&](int k) -> typename Quad::Type {
     return *reinterpret_cast<const typename Quad::Memory*>(static_cast<const char*>(p) + k * step);
   };
-  constexpr auto two = std::make_index_sequence<2 * n>{};
   if constexpr (kQuads == 1) {
     return quad(0);
-  } else if constexpr (kQuads == 2) {
-    return join(quad(0), quad(1), two);
   } else {
-    constexpr auto four = std::make_index_sequence<4 * n>{};
-    return join(join(quad(0), quad(1), two), join(quad(2), quad(3), two), four);
+    return join(quad(0), quad(1), std::make_index_sequence<2 * kQuad<A>>{});
   }
+#endif
 }
 
 // kCount quads of a vector, from place kPlace on, into memory.

@@ -120,6 +120,7 @@ struct Rows {
   T* together;           // (count + one vector, C) or more
   ComputeType<T>* tile;  // (C, tile_stride), may be what the gradient is computed from
   int64_t tile_stride;
+  Outgoing<T>* outgoing;  // takes rows that are together, if whole vectors of them; or nullptr: they go at once
 };
 
 // As rows, squares of which are written as they are computed. Where they are streamed they are put together first: a
@@ -128,7 +129,11 @@ template <class T, class Make>
 void gradient_by_squares(Make make, int count, int classes, const Rows<T>& to) {
   if (to.stream && to.row_stride == classes && streaming_aligned(to.gradient)) {
     write_squares(make, count, count + kLanes<ComputeType<T>>, classes, to.together, classes);
-    stream_copy(to.gradient, to.together, count * classes);
+    if (to.outgoing != nullptr && count % Outgoing<T>::kStep == 0) {
+      *to.outgoing = {to.together, to.gradient, count, classes};
+    } else {
+      stream_copy(to.gradient, to.together, int64_t{count} * classes);
+    }
   } else {
     write_squares(make, count, count, classes, to.gradient, to.row_stride);
   }
