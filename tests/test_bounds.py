@@ -43,7 +43,8 @@ def run_everything(input: Tensor, labels: Tensor, soft: Tensor) -> None:
         fusedloss.segmentation_loss(
             logits, target, cross_entropy=1.0, iou=1.0, brier=1.0, activation=activation
         ).backward()
-    fusedloss.soft_iou_loss(logits, soft, activation="sigmoid").backward()
+    for target in (soft, at_the_end(soft.detach() > 0.2), at_the_end((soft.detach() > 0.2).byte())):
+        fusedloss.soft_iou_loss(logits, target, activation="sigmoid").backward()
     fusedloss.mse_loss(logits, soft).backward()
 
 

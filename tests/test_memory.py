@@ -269,6 +269,16 @@ def test_which_soft_labels_are_copied(loss, last, lay_out, copies, spatial):
     assert large == 1 + copies * (2 if loss is fusedloss.segmentation_loss else 1)
 
 
+@pytest.mark.parametrize(("pixels", "copies"), [(127, 1), (128, 0)])
+@each_loss_of_layouts
+def test_contiguous_soft_labels_of_many_small_samples(loss, pixels, copies):
+    """Beside channels_last logits they keep samples from being folded into pixels, which a small one is not worth."""
+    m = Maker(torch.float32)
+    logits, target = channels_last(m.normal(64, 19, pixels)), m.probabilities(64, 19, pixels)
+    forward = peak_bytes(lambda: loss(logits, target))
+    assert copies * bytes_of(target) <= forward <= copies * bytes_of(target) + SMALL
+
+
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize(("classes", "copies"), [(192, 0), (193, 1)])
 def test_soft_labels_of_many_classes(classes, copies, last):

@@ -44,7 +44,7 @@ struct CrossEntropyCall {
       require(params.target_dtype == params.input_dtype ||
                   (params.target_dtype == DType::kFloat32 && params.input_dtype >= DType::kFloat16),
               op, "target probabilities must be of input's dtype, or float32 for float16 and bfloat16 input");
-      SoftLabelView seen = view_soft_labels(input, target, sizes[sizes.size() == 1 ? 0 : 1] <= any_order_classes);
+      SoftLabelView seen = view_soft_labels(input, target, op, sizes[sizes.size() == 1 ? 0 : 1] <= any_order_classes);
       view = seen.view;
       target = seen.target;
       params.target_layout = seen.target_layout;

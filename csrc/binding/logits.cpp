@@ -166,7 +166,9 @@ Tensor readable_logits(const Tensor& tensor) {
   return view_logits(sizes_of(tensor), strides_of(tensor)).readable ? tensor : torch::stable::contiguous(tensor);
 }
 
-SoftLabelView view_soft_labels(const Tensor& input, const Tensor& target, bool any_order, bool keep_samples) {
+SoftLabelView view_soft_labels(const Tensor& input, const Tensor& target, const char* op, bool any_order,
+                               bool keep_samples) {
+  constexpr int64_t few_pixels = 128;  // of a sample: whole blocks of many samples are then worth a copy
   const std::vector<int64_t> sizes = sizes_of(input);
   const std::vector<int64_t> strides = strides_of(input);
   SoftLabelView seen{view_logits(sizes, strides, keep_samples), target, {}};
@@ -180,12 +182,12 @@ SoftLabelView view_soft_labels(const Tensor& input, const Tensor& target, bool a
     // Contiguous labels beside channels_last logits: their samples do not follow each other like pixels.
     const LogitView folded = seen.view;
     seen.view = view_logits(sizes, strides, true);
-    if (see(true)) return seen;
+    if (seen.view.pixels >= few_pixels && see(true)) return seen;
     seen.view = folded;
   }
   seen.target = allocate_like(target, sizes, dense_strides(sizes, strides), target.scalar_type());
   torch::stable::copy_(seen.target, target);
-  see(false);
+  require(see(false), op, "a copy of target must lie in memory as input does");
   return seen;
 }
 

@@ -45,7 +45,8 @@ struct SoftLabelView {
 };
 
 // any_order: the labels may be class-innermost beside class-strided logits, and the other way round.
-SoftLabelView view_soft_labels(const Tensor& input, const Tensor& target, bool any_order, bool keep_samples = false);
+SoftLabelView view_soft_labels(const Tensor& input, const Tensor& target, const char* op, bool any_order,
+                               bool keep_samples = false);
 
 // Strides of a dense tensor in the memory order that the kernels visit `sizes`, `strides` in: contiguous,
 // channels_last, or transposed rows; contiguous also where the kernels visit a contiguous copy. _ops.py has the same

@@ -185,7 +185,7 @@ struct SegmentationCall {
               "a target mask must be of dtype bool or uint8");
       require(params.activation != Activation::kSoftmax, op, "a target mask is for sigmoid or no activation");
     }
-    SoftLabelView seen = view_soft_labels(input, target, any_order, options.per_image);
+    SoftLabelView seen = view_soft_labels(input, target, op, any_order, options.per_image);
     view = seen.view;
     target = seen.target;
     params.target_layout = seen.target_layout;

@@ -75,7 +75,8 @@ def cross_entropy(
         target: class indices, (), (N,) or (N, d1, ..., dK), in [0, C) or ``ignore_index``; uint8, int16, int32 or
             int64; any that are not contiguous cost a copy of their size. Or probabilities of ``input``'s shape in any
             floating dtype, contiguous or channels_last beside either; another dtype than ``input``'s (but for float32
-            with half logits) costs one copy, and so does another memory format on CUDA and with more than 192 classes.
+            with half logits) costs one copy; so does another memory format on CUDA and with more than 192 classes, and
+            a contiguous target beside channels_last images of less than 128 pixels.
         weight: factor of each class, (C,), any floating dtype.
         ignore_index: a label that adds exactly nothing to value and gradient, whatever the logits there hold. It is
             compared after widening (-100 never equals a uint8 label) and may lie inside [0, C).
@@ -217,8 +218,9 @@ def soft_iou_loss(
         target: class indices, (N,) or (N, d1, ..., dK), in [0, C) or ``ignore_index``; uint8, int16, int32 or int64
             (any that are not contiguous cost a copy of their size). Or probabilities of ``input``'s shape in any
             floating dtype, contiguous or channels_last beside either (float64 beside another ``input`` costs a copy, as
-            does another memory format on CUDA). With "sigmoid" and "none" also a mask of ``input``'s shape, of bool or
-            an integer dtype, each class with a 0 or 1 of its own; and for C = 1 class indices are 0, background, or 1.
+            does another memory format on CUDA, and a contiguous target beside channels_last images of less than 128
+            pixels). With "sigmoid" and "none" also a mask of ``input``'s shape, of bool or an integer dtype, each class
+            with a 0 or 1 of its own; and for C = 1 class indices are 0, background, or 1.
         weight: factor of each class in the mean over classes, (C,), any floating dtype.
         activation: "softmax" over the classes, "sigmoid" of each, or "none" for probabilities as ``input``.
         pixel_weight: factor of each pixel, (N, d1, ..., dK); any floating dtype, or bool: False ignores. One that is

@@ -46,7 +46,9 @@ struct Workspace {
   int64_t stride;  // of the tiles, from class to class: one vector more than a block
   A* tile;         // (C, stride)
   A* labels;       // (C, stride), where has_label_tile
-  A* rows;         // (stride, C): masks on their way to the tile, the gradient on its way to memory
+  // (stride, C): masks on their way to the tile, the gradient on its way to memory. Never both: under softmax, whose
+  // rows are still on their way when the next block begins, no target is a mask.
+  A* rows;
   OverlapSums<A> sums;
 
   static int64_t tile_bytes(int64_t classes) {
@@ -153,8 +155,7 @@ struct SegmentationBlock {
       fill_labels();
     }
     if (transposed()) {
-      rows_to_tile(z, params.input_layout.pixel_stride, count, left, classes.count, work.tile,
-                   static_cast<int>(work.stride));
+      rows_to_tile(z, params.input_layout.pixel_stride, count, left, classes.count, work.tile, work.stride);
       zero_tail(work.tile);
     }
   }
@@ -275,7 +276,7 @@ struct SegmentationBlock {
         using Y = Pointee<decltype(type)>;
         if constexpr (std::is_same_v<ComputeType<Y>, A>) {
           pixels_to_tile(static_cast<const Y*>(params.target) + at, layout, count, left, classes.count, tile,
-                         static_cast<int>(work.stride));
+                         work.stride);
         }
       });
     }
@@ -304,7 +305,7 @@ struct SegmentationBlock {
       const int64_t runs = together ? 1 : count, run = together ? int64_t{count} * classes.count : classes.count;
       for (int64_t i = 0; i < runs; ++i) convert(mask + i * layout.pixel_stride, run, work.rows + i * classes.count);
       rows_to_tile(static_cast<const A*>(work.rows), classes.count, count, work.stride, classes.count, work.labels,
-                   static_cast<int>(work.stride));
+                   work.stride);
     }
     if (all <= 1 || bad_label >= 0 || params.target_dtype == DType::kBool) return;
     // The first by class, then by pixel.

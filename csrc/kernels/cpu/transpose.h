@@ -157,7 +157,7 @@ int pixels_in_squares(int64_t row_stride, int count, int64_t reach, int classes)
 // the memory may be read. Squares may overlap: with 21 classes by fours, the last begins at class 17.
 template <class T>
 void rows_to_tile(const T* rows, int64_t row_stride, int count, int64_t readable, int classes, ComputeType<T>* tile,
-                  int tile_stride) {
+                  int64_t tile_stride) {
   using A = ComputeType<T>;
   constexpr int n = kQuad<A>, width = kSquareClasses<T>;
   const int covered = pixels_in_squares<T>(row_stride, count, readable, classes);
@@ -171,7 +171,7 @@ void rows_to_tile(const T* rows, int64_t row_stride, int count, int64_t readable
 #pragma GCC unroll 4
         for (int k = 0; k < n; ++k) square[k] = load_quads<A>(rows + (i + k) * row_stride + c, step);
         transpose_quads<A>(square);
-        A* const to = tile + static_cast<int64_t>(c) * tile_stride + i;
+        A* const to = tile + c * tile_stride + i;
         const auto put = [&](int k, Vector<A> value) {
           if (k < classes) store<A>(to + k * tile_stride, value);
         };
@@ -197,7 +197,7 @@ void rows_to_tile(const T* rows, int64_t row_stride, int count, int64_t readable
 // The same of pixels that lie by `layout`, from `from` on.
 template <class T>
 void pixels_to_tile(const T* from, const LogitLayout& layout, int count, int64_t readable, int classes,
-                    ComputeType<T>* tile, int tile_stride) {
+                    ComputeType<T>* tile, int64_t tile_stride) {
   using A = ComputeType<T>;
   if (layout.pixel_stride != 1)
     return rows_to_tile(from, layout.pixel_stride, count, readable, classes, tile, tile_stride);
