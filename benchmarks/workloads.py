@@ -46,6 +46,7 @@ DATA = {
         Data("nnunet", (2, 14, 128, 128, 128), "nnU-Net patches: 3-d, 13 organs and background"),
         Data("imagenet", (1024, 1000), "ImageNet rows: few long rows, near the size of the last cache"),
         Data("vocabulary", (2048, 32000), "language-model rows: a row no longer fits into the L1 cache"),
+        Data("gpt2", (2048, 50257), "GPT-2's vocabulary: rows of an odd length begin anywhere in a cache line"),
         Data(
             "binary",
             (16, 1, 512, 512),
@@ -122,6 +123,9 @@ WORKLOADS = {
         Workload("cross_entropy", DATA["voc"], one_hot=True, default=False),
         Workload("cross_entropy", DATA["ade20k"]),
         Workload("cross_entropy", DATA["vocabulary"]),
+        Workload("cross_entropy", DATA["vocabulary"], dtype=torch.bfloat16, default=False),
+        Workload("cross_entropy", DATA["gpt2"], default=False),
+        Workload("cross_entropy", DATA["gpt2"], dtype=torch.bfloat16, default=False),
         Workload("cross_entropy", DATA["cityscapes"], default=False),
         Workload("cross_entropy", DATA["camvid"], default=False, quick=True),
         Workload("cross_entropy", DATA["nnunet"], default=False),

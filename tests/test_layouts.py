@@ -14,6 +14,7 @@ from .registry import (
     Maker,
     difference,
     each_case,
+    each_dtype,
     each_reduction,
     indices,
     probabilities,
@@ -352,6 +353,41 @@ def test_large_gradients(classes, last, dtype, device):
                 part = call.map(lambda tensor, start=start, end=start + quarter: tensor[start:end])
                 small = gradient_of(part, quarter)
                 torch.testing.assert_close(gradient[start : start + quarter], small, rtol=close, atol=close)
+
+
+@each_dtype
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("classes", [257, 8193, 50257])
+def test_large_gradients_of_rows(classes, smoothing, dtype, device):
+    """Rows that begin anywhere in a vector, of which long ones are written past the caches; ignored ones, and one whose
+    gradient is NaN, in the midst of others."""
+    m = Maker(dtype, device)
+    rows = (4 << 20) // (classes * dtype.itemsize) + 3
+    input, target = m.normal(rows, classes), m.labels(classes, rows, ignored=-100)
+    input[rows // 2, classes // 3] = torch.nan
+    target[rows // 2] = classes // 2
+    input[0, 5] = torch.nan
+    target[0] = -100
+    call = indices(input, target, m.positive(classes), reduction="none", label_smoothing=smoothing)
+    _, gradients = check(CROSS_ENTROPY, call, wrt=["input"], with_torch=False)
+    assert gradients["input"].nbytes >= 4 << 20
+    assert gradients["input"][rows // 2].isnan().all()
+    assert (gradients["input"][0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "classes"), [(3, 300), (70, 50257)])
+def test_half_gradients_of_rows_are_the_nearest(rows, classes, dtype, device):
+    """To the gradient of the same logits in float32, which is off by far less than half a unit."""
+    m = Maker(dtype, device)
+    input, target = m.normal(rows, classes), m.labels(classes, rows)
+
+    def gradient_of(input):
+        return evaluate(CROSS_ENTROPY.function, indices(input, target), ["input"], torch.tensor(1.0))[1]["input"]
+
+    half, single = gradient_of(input), gradient_of(input.float())
+    unit = torch.finfo(dtype).eps * single.abs() + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert ((half.float() - single).abs() <= 0.501 * unit).all()
 
 
 @each_reduction

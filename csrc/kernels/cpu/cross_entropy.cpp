@@ -268,10 +268,19 @@ class Block {
       case Visit::kRows:
         for (int i = 0; i < count; ++i) {
           T* gradient_row = gradient + i * params_.gradient_layout.pixel_stride;
-          if (stream && streaming_aligned(gradient_row, sizeof(T) * kLanes<A>)) {
-            backward_row<kLabels, kCanStream>(classes_, row(i), label_row(i), i, pixels, gradient_row);
+          const auto write = [&](auto streamed, auto plain) {
+            backward_row<kLabels, streamed(), plain()>(classes_, row(i), label_row(i), i, pixels, gradient_row);
+          };
+          const auto round = [&](auto streamed) {
+            if constexpr (std::is_same_v<T, BFloat16> && kLabels != Labels::kSoft) {
+              if (finite) return write(streamed, std::true_type{});
+            }
+            write(streamed, std::false_type{});
+          };
+          if (stream && row_streams(gradient_row, classes_.count)) {
+            round(std::bool_constant<kCanStream>{});
           } else {
-            backward_row<kLabels, false>(classes_, row(i), label_row(i), i, pixels, gradient_row);
+            round(std::false_type{});
           }
         }
     }
