@@ -39,6 +39,7 @@ LARGE = " and ".join(
         "more_pixels_than",
         "test_every_run",
         "test_large_gradients",
+        "test_half_gradients_of_rows and 50257",
         "test_soft_labels_in_the_other_order and (40 or 200 or float64)",
     )
 )

@@ -381,9 +381,10 @@ def test_half_gradients_of_rows_are_the_nearest(rows, classes, dtype, device):
     """To the gradient of the same logits in float32, which is off by far less than half a unit."""
     m = Maker(dtype, device)
     input, target = m.normal(rows, classes), m.labels(classes, rows)
+    one = torch.tensor(1.0, device=device)
 
     def gradient_of(input):
-        return evaluate(CROSS_ENTROPY.function, indices(input, target), ["input"], torch.tensor(1.0))[1]["input"]
+        return evaluate(CROSS_ENTROPY.function, indices(input, target), ["input"], one)[1]["input"]
 
     half, single = gradient_of(input), gradient_of(input.float())
     unit = torch.finfo(dtype).eps * single.abs() + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
