@@ -128,7 +128,6 @@ FUSEDLOSS_HOST_DEVICE void write_row(T* gradient, int classes, Make make) {
       Vector<A> value[vectors()];
       make(vectors, partial, c, count, value);
       if constexpr (kAnyOrder && !partial() && vectors() % 2 == 0) {
-#pragma GCC unroll 2
         for (int v = 0; v < vectors(); v += 2) {
           store_even_odd<stream()>(gradient + c + v * kLanes<A>, value[v], value[v + 1]);
         }
@@ -184,7 +183,6 @@ void backward_row(const Classes<ComputeType<T>>& classes, const T* z, const Y* y
   const auto make = [=](auto vectors, auto partial, int c, int n, auto& value) __attribute__((always_inline)) {
     V logit[vectors()];
     load_classes<any_order, partial()>(z + c, n, 0, logit);
-#pragma GCC unroll 4
     for (int v = 0; v < vectors(); ++v) {
       [[maybe_unused]] const int at = c + v * lanes;
       const V exponential = math::exp_shifted<V>(logit[v], maximum);
