@@ -15,8 +15,11 @@ set(FUSEDLOSS_FLAGS_avx512 -march=x86-64-v4 -mprefer-vector-width=512)
 
 # No -ffast-math: NaN and infinity have a meaning here. Errno and floating-point traps have none, and without them
 # loops vectorize. Exceptions and RTTI would only add symbols with external linkage.
-set(FUSEDLOSS_KERNEL_FLAGS -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast -fno-exceptions -fno-rtti
-                           -Wall -Wextra)
+# A product and a sum are fused into one rounding. Where Clang may look for them beyond one expression ("fast"), it fuses
+# two copies of a formula in two ways, and a gradient gets other bits when a pixel beside it is NaN. GCC knows "on" from
+# 14 on only and takes it for "off" before.
+set(FUSEDLOSS_KERNEL_FLAGS -O3 -fno-math-errno -fno-trapping-math -ffp-contract=$<IF:$<CXX_COMPILER_ID:GNU>,fast,on>
+                           -fno-exceptions -fno-rtti -Wall -Wextra)
 
 function(fusedloss_add_cpu_levels)
   set(levels base)
