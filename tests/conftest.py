@@ -52,6 +52,8 @@ def pytest_configure(config):
     for warning in (
         # Forward mode loads decompositions that torch itself scripts.
         "ignore:`torch.jit.script.*:DeprecationWarning",
+        # torch 2.13 on that one release of Python.
+        "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning",
         # Samples that broadcast are there to broadcast; test_errors checks that the warning comes.
         "ignore:Using a target size:UserWarning",
         # torch 2.10 and 2.11: loading an exported program, and the profiler.
